@@ -1,0 +1,1 @@
+"""Start a plan: one process per rank, in plan order."""

@@ -1,0 +1,1 @@
+"""What goes where: model, traffic, cost, integer program, plan."""

@@ -1,0 +1,219 @@
+"""From a solution to the plan document: ranks, slots, costs, certificate, reasons in words."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+import epplan
+from epplan.topologies.graph import Cluster, Nic
+from epplan.topologies.units import format_time
+
+from .cost import LayerEvaluation, Phase, Placement
+from .plan import (
+    Certificate,
+    Inputs,
+    LayerCost,
+    Plan,
+    Rank,
+    RankMemory,
+    Source,
+    Workload,
+    content_hash,
+)
+from .problem import MEMORY_HEADROOM, Problem
+from .solve import LayerSolution, Solution
+from .terms import layer_terms
+from .traffic import Traffic
+
+_SAME = 1 + 1e-6  # times closer than this are equal
+
+
+def assemble_plan(
+    *,
+    cluster: Cluster,
+    problem: Problem,
+    traffic: Traffic,
+    solution: Solution,
+    topology_source: str,
+    model_source: str,
+    seed: int,
+    command: str,
+    reasons: Sequence[str],
+) -> Plan:
+    """Return the plan.
+
+    Args:
+        cluster: what was planned for.
+        problem: the problem solved.
+        traffic: what it was solved for.
+        solution: its solution.
+        topology_source: SOURCE as the user gave it.
+        model_source: MODEL as the user gave it.
+        seed: of traffic and solver.
+        command: the command line that makes this plan.
+        reasons: automatic choices made before the problem, in words.
+    """
+    layers = solution.layers
+    slots_per_rank = max(
+        int(np.bincount(layer.placement, minlength=problem.num_ranks).max()) for layer in layers
+    )
+    costs = [_layer_cost(problem, number, layer) for number, layer in enumerate(layers)]
+    return Plan(
+        epplan_version=epplan.__version__,
+        command=command,
+        inputs=Inputs(
+            topology=Source(source=topology_source, sha256=cluster.sha256),
+            model=Source(
+                source=model_source, sha256=content_hash(problem.model.model_dump(mode="json"))
+            ),
+            traffic=Source(source=traffic.source, sha256=traffic.sha256),
+            seed=seed,
+        ),
+        model=problem.model,
+        workload=Workload(
+            tokens_per_rank=traffic.tokens_per_rank,
+            source_ranks=traffic.source_ranks,
+            windows=traffic.windows,
+        ),
+        ranks=_ranks(cluster, problem),
+        slots_per_rank=slots_per_rank,
+        expert_of_slot=tuple(
+            _slots(layer.placement, problem.num_ranks, slots_per_rank) for layer in layers
+        ),
+        cost=tuple(costs),
+        memory=_memory(problem, layers),
+        certificate=_certificate(problem, solution, costs),
+        assumptions=(*cluster.assumed, *traffic.assumptions, *_assumptions(problem)),
+        reasons=tuple(reasons),
+    )
+
+
+def _ranks(cluster: Cluster, problem: Problem) -> tuple[Rank, ...]:
+    ranks = []
+    for number, gpu in enumerate(problem.gpus):
+        assert gpu.profile is not None  # choose_group refuses unknown models
+        nics = [cluster.node(name) for name in problem.routes.nics[number]]
+        ranks.append(
+            Rank(
+                rank=number,
+                host=gpu.host,
+                gpu_index=gpu.index,
+                gpu_model=gpu.profile.name,
+                gpu_uuid=gpu.uuid,
+                pci_bus_id=gpu.pci_bus_id,
+                numa=gpu.numa,
+                nics=tuple(nic.name for nic in nics if isinstance(nic, Nic)),
+                memory_bytes=gpu.memory_bytes,
+            )
+        )
+    return tuple(ranks)
+
+
+def _slots(placement: Placement, num_ranks: int, per_rank: int) -> tuple[int | None, ...]:
+    slots: list[int | None] = []
+    for rank in range(num_ranks):
+        experts = np.flatnonzero(placement == rank).tolist()
+        slots += experts + [None] * (per_rank - len(experts))
+    return tuple(slots)
+
+
+def _memory(problem: Problem, layers: Sequence[LayerSolution]) -> tuple[RankMemory, ...]:
+    held = sum(np.bincount(layer.placement, minlength=problem.num_ranks) for layer in layers)
+    return tuple(
+        use.model_copy(update={"experts": int(count) * problem.model.expert_bytes})
+        for use, count in zip(problem.fixed, np.asarray(held), strict=True)
+    )
+
+
+def _layer_cost(problem: Problem, number: int, layer: LayerSolution) -> LayerCost:
+    evaluation = layer.evaluation
+    return LayerCost(
+        layer=problem.model.moe_layers[number],
+        dispatch_s=evaluation.dispatch.seconds,
+        compute_s=evaluation.compute.seconds,
+        combine_s=evaluation.combine.seconds,
+        total_s=evaluation.seconds,
+        bound_s=layer.bound_s,
+        binding=_binding(problem, number, layer),
+        verdict=_verdict(problem, number, layer),
+    )
+
+
+def _binding(problem: Problem, number: int, layer: LayerSolution) -> str:
+    phase = _longest(layer.evaluation)
+    return f"{phase.name}: {phase.worst}{_whose(problem, number, layer, phase)}"
+
+
+def _longest(evaluation: LayerEvaluation) -> Phase:
+    return max(evaluation.phases, key=lambda phase: phase.seconds)
+
+
+def _whose(problem: Problem, number: int, layer: LayerSolution, phase: Phase) -> str:
+    """Name the expert with most rows of the rank that loads the resource most, if it stands out."""
+    experts = np.flatnonzero(layer.placement == phase.rank)
+    rows = problem.counts[number].sum(axis=0)
+    if not experts.size or 2 * rows[experts].max() < rows[experts].sum():
+        return ""
+    expert = int(experts[rows[experts].argmax()])
+    return f" (expert {expert}, {rows[expert] / rows.sum():.1%} of the layer's rows)"
+
+
+def _verdict(problem: Problem, number: int, layer: LayerSolution) -> str:
+    """Say how good the layer is, and whether placement can help at all."""
+    seconds = layer.evaluation.seconds
+    gain = layer.contiguous_s / seconds
+    found = (
+        f"{gain:.2f}x contiguous, found by {layer.found_by}"
+        if gain > _SAME
+        else "no better than contiguous"
+    )
+    if seconds > layer.bound_s * _SAME:
+        return f"within {1 - layer.bound_s / seconds:.2%} of any placement; {found}"
+    if seconds > layer.floor_s * _SAME:
+        return f"no placement is faster; {found}"
+    hot, bound = _with_a_replica(problem, number)
+    text = f"no placement is faster, single hot experts set the time; {found}"
+    if bound * _SAME < seconds:
+        text += f"; a second copy of expert {hot} would lower the bound to {format_time(bound)}"
+    return text
+
+
+def _with_a_replica(problem: Problem, number: int) -> tuple[int, float]:
+    """Return the hottest expert, and the floor if its rows were split over two copies.
+
+    However they are split, one copy keeps at least half of every row's share: a true lower bound.
+    """
+    terms = layer_terms(problem, number)
+    rows = problem.counts[number].sum(axis=0)
+    hot = int(rows.argmax())
+    share = np.where(np.arange(len(rows)) == hot, 0.5, 1.0)
+    alone = [(phase.rows.max(axis=0).min(axis=1) * share).max() for phase in terms.phases]
+    return hot, float(terms.constant_s + sum(alone))
+
+
+def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost]) -> Certificate:
+    slowest = max(costs, key=lambda cost: cost.total_s)
+    assert solution.status in ("optimal", "feasible", "limit")
+    return Certificate(
+        status=solution.status,  # type: ignore[arg-type]  # asserted above
+        objective_s=solution.objective_s,
+        bound_s=solution.bound_s,
+        gap=solution.gap,
+        seconds=solution.seconds,
+        binding=f"layer {slowest.layer}: {slowest.binding}",
+        contiguous_s=sum(layer.contiguous_s for layer in solution.layers),
+        solver=solution.solver,
+        scope=(
+            f"all placements with one copy of each expert and at most {problem.experts_per_gpu} "
+            f"of a layer on a GPU, on these {problem.num_ranks} GPUs and this traffic"
+        ),
+    )
+
+
+def _assumptions(problem: Problem) -> tuple[str, ...]:
+    return (
+        "one row per (token, expert) crosses the network; phases are added, not overlapped",
+        "attention, shared experts and dense layers are left out: placement does not change them",
+        "capacities are hardware profiles (rated x efficiency), not measured on this cluster",
+        f"{MEMORY_HEADROOM:.0%} of every GPU's memory is kept free",
+    )

@@ -1,0 +1,109 @@
+"""HiGHS behind PuLP: the only place that starts a solver, and what it honestly found.
+
+PuLP 3.3 calls a run that stopped at its time limit "Optimal", has no warm start, lets HiGHS print
+its banner on stdout and Ctrl-C wait for the solver; here all of it is read from or told to HiGHS
+itself.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import highspy
+import pulp
+
+from epplan.errors import EpplanError
+
+# HiGHS's model status to ours. What is not listed (kNotset, kLoadError, kModelError,
+# kPresolveError, kSolveError, kPostsolveError, kModelEmpty, kUnbounded, kUnboundedOrInfeasible,
+# kUnknown) cannot come from a sound program and ends as an internal error.
+_STATUS = {
+    "kOptimal": "gap reached",  # within the gap asked for
+    "kObjectiveBound": "gap reached",
+    "kObjectiveTarget": "gap reached",
+    "kTimeLimit": "limit",
+    "kIterationLimit": "limit",
+    "kSolutionLimit": "limit",
+    "kMemoryLimit": "limit",
+    "kInterrupt": "interrupted",
+    "kHighsInterrupt": "interrupted",
+    "kInfeasible": "infeasible",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverResult:
+    """What HiGHS found and proved.
+
+    Attributes:
+        status: gap reached, limit or infeasible.
+        bound: proven lower bound on the objective, in its unit.
+        values: of all variables by name; empty without a solution.
+    """
+
+    status: str
+    bound: float
+    values: dict[str, float]
+
+
+def solver_name() -> str:
+    """Return solver and version as certificates name it."""
+    return f"HiGHS {version('highspy')} through PuLP {version('pulp')}"
+
+
+def solve(
+    program: pulp.LpProblem, *, start: dict[str, float], gap: float, time_limit_s: float, seed: int
+) -> SolverResult:
+    """Minimise `program` from a feasible start.
+
+    Args:
+        program: a PuLP minimisation.
+        start: value of every variable, by name; a known feasible point.
+        gap: relative gap at which to stop.
+        time_limit_s: wall-clock limit.
+        seed: of HiGHS's random choices.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+        EpplanError: HiGHS ended in an unexpected state.
+    """
+    solver = pulp.HiGHS(msg=False, gapRel=gap, timeLimit=time_limit_s, random_seed=seed)
+    with _silent_stdout():
+        solver.createAndConfigureSolver(program)
+        solver.buildSolverModel(program)
+        highs: highspy.Highs = program.solverModel
+        highs.HandleKeyboardInterrupt = True
+        first = highspy.HighsSolution()
+        first.col_value = [start[variable.name] for variable in program.variables()]
+        highs.setSolution(first)
+        solver.callSolver(program)
+    status = _STATUS.get(highs.getModelStatus().name)
+    if status is None:
+        raise EpplanError(f"HiGHS ended with {highs.getModelStatus().name}")
+    if status == "interrupted":
+        raise KeyboardInterrupt
+    info, solution = highs.getInfo(), highs.getSolution()
+    names = [variable.name for variable in program.variables()]
+    return SolverResult(
+        status=status,
+        bound=info.mip_dual_bound,
+        values=dict(zip(names, solution.col_value, strict=True)) if solution.value_valid else {},
+    )
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Silence file descriptor 1: highspy 1.16 prints a banner from its constructor."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(sink)

@@ -1,0 +1,122 @@
+"""Good placements fast: greedy, then swaps and moves while they help.
+
+The best of these starts the integer program, and is the answer when it meets the bound at once.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from .cost import Placement
+from .terms import LayerTerms
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_SIGNIFICANT = 1 - 1e-9  # a step must gain more than rounding
+
+
+def contiguous(num_experts: int, capacity: Ints) -> Placement:
+    """Return experts in id order on GPUs in rank order, as even as capacity [gpus] allows."""
+    taken = np.zeros_like(capacity)
+    for _ in range(num_experts):
+        free = np.where(taken < capacity, taken, num_experts)
+        taken[free.argmin()] += 1
+    return np.repeat(np.arange(len(capacity)), taken)
+
+
+def best_start(terms: LayerTerms, capacity: Ints, seed: int) -> tuple[str, Placement]:
+    """Return the best placement found without the solver, and how it was found.
+
+    Args:
+        terms: the layer's objective.
+        capacity: most experts on every GPU, [gpus].
+        seed: of the shuffled starts.
+    """
+    best: tuple[float, str, Placement] | None = None
+    for name, start in _starts(terms, capacity, seed):
+        for label, placement in (
+            (name, start),
+            (f"{name} + swaps", _descend(terms, start, capacity)),
+        ):
+            seconds = terms.seconds(placement)
+            if best is None or seconds < best[0] * _SIGNIFICANT:
+                best = seconds, label, placement
+        if best and best[0] * _SIGNIFICANT <= terms.floor_s:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+def _starts(terms: LayerTerms, capacity: Ints, seed: int) -> Iterator[tuple[str, Placement]]:
+    num_experts = terms.phases[0].rows.shape[1]
+    yield "contiguous", contiguous(num_experts, capacity)
+    yield "greedy", _greedy(terms, capacity)
+    random = np.random.default_rng(seed)
+    slots = np.repeat(np.arange(len(capacity)), capacity)
+    for number in range(3):
+        yield f"shuffle {number}", random.permutation(slots)[:num_experts]
+
+
+def _greedy(terms: LayerTerms, capacity: Ints) -> Placement:
+    """Place the heaviest expert first, each where the phases' sum of maxima grows least."""
+    num_experts = terms.phases[0].rows.shape[1]
+    weight = sum(phase.rows.max(axis=0).min(axis=1) for phase in terms.phases)
+    left = capacity.copy()
+    loads = [np.zeros(len(phase.rows)) for phase in terms.phases]
+    placement = np.zeros(num_experts, dtype=np.intp)
+    for expert in np.argsort(-np.asarray(weight), kind="stable"):
+        cost = np.zeros(len(capacity))
+        total = np.zeros(len(capacity))
+        for phase, load in zip(terms.phases, loads, strict=True):
+            after = load[:, None] + phase.rows[:, expert, :]  # [rows, gpus]
+            cost += after.max(axis=0)
+            total += after.sum(axis=0)
+        # Equal worst rows: the GPU that adds least in all.
+        order = np.lexsort((total, np.where(left > 0, cost, np.inf)))
+        gpu = int(order[0])
+        placement[expert] = gpu
+        left[gpu] -= 1
+        for phase, load in zip(terms.phases, loads, strict=True):
+            load += phase.rows[:, expert, gpu]
+    return placement
+
+
+def _descend(terms: LayerTerms, start: Placement, capacity: Ints) -> Placement:
+    """Swap two experts, or move one to a free slot, while the objective falls."""
+    placement = start.copy()
+    current = terms.seconds(placement)
+    improved = True
+    while improved:
+        improved = False
+        for expert in range(len(placement)):
+            seconds, candidate = _best_step(terms, placement, expert, capacity)
+            if seconds < current * _SIGNIFICANT:
+                current, placement, improved = seconds, candidate, True
+    return placement
+
+
+def _best_step(
+    terms: LayerTerms, placement: Placement, expert: int, capacity: Ints
+) -> tuple[float, Placement]:
+    """Return the best swap or move of one expert, with the objective after it."""
+    experts, here = np.arange(len(placement)), placement[expert]
+    swapped = np.full(len(placement), terms.constant_s)
+    moved = np.full(len(capacity), terms.constant_s)
+    for phase in terms.phases:
+        rows = phase.rows
+        load = rows[:, experts, placement].sum(axis=1, keepdims=True)
+        without = load - rows[:, expert, here][:, None]
+        moved += (without + rows[:, expert, :]).max(axis=0)
+        exchange = rows[:, experts, here] - rows[:, experts, placement]  # others leave for here
+        swapped += (without + exchange + rows[:, expert, placement]).max(axis=0)
+    swapped[expert] = np.inf
+    moved[np.bincount(placement, minlength=len(capacity)) >= capacity] = np.inf
+    candidate = placement.copy()
+    if swapped.min() <= moved.min():
+        other = int(swapped.argmin())
+        candidate[expert], candidate[other] = placement[other], here
+        return float(swapped[other]), candidate
+    candidate[expert] = int(moved.argmin())
+    return float(moved.min()), candidate

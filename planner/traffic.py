@@ -1,0 +1,218 @@
+"""Traffic: how many token-to-expert assignments every source rank makes, per layer and step.
+
+From a counts file (`.npz`, one integer array `counts[windows, layers, source_ranks, experts]`) or
+made from a rule: `uniform`, `zipf[:s]`, `lognormal[:sigma[,skew]]`.
+"""
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from epplan.errors import InputError
+
+from .model import ModelSpec
+
+Floats = npt.NDArray[np.float64]
+
+DEFAULT_TOKENS_PER_RANK = 4096  # the batch of published expert-parallel prefill benchmarks
+RULES = "uniform, zipf[:s], lognormal[:sigma[,skew]]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Assignments of one step.
+
+    Attributes:
+        counts: mean over windows, [layers, ranks, experts].
+        source: the rule or file.
+        sha256: hash of what was read, or of the rule with its seed.
+        windows: windows averaged.
+        source_ranks: 1 if the same mix is taken on every rank.
+        tokens_per_rank: mean tokens of a rank and step.
+        assumptions: what was assumed, in words.
+    """
+
+    counts: Floats
+    source: str
+    sha256: str
+    windows: int
+    source_ranks: int
+    tokens_per_rank: int
+    assumptions: tuple[str, ...] = ()
+
+
+def make_traffic(
+    load: str, model: ModelSpec, num_ranks: int, tokens_per_rank: int | None, seed: int
+) -> Traffic:
+    """Return the traffic for `num_ranks` source ranks.
+
+    Args:
+        load: a rule, or the path of a counts file.
+        model: gives layers, experts and top-k.
+        num_ranks: size of the EP group.
+        tokens_per_rank: tokens a rank routes per step; None takes a counts file as it is and
+            DEFAULT_TOKENS_PER_RANK for a rule.
+        seed: of the rules that draw.
+
+    Raises:
+        InputError: unknown rule, or all problems of the file at once.
+    """
+    name, _, arguments = load.partition(":")
+    if name in ("uniform", "zipf", "lognormal"):
+        return _from_rule(name, arguments, model, num_ranks, tokens_per_rank, seed)
+    path = Path(load)
+    if not path.exists():
+        raise InputError(
+            f"unknown load: {load}",
+            hints=[f"a rule ({RULES}) or the path of a counts file (.npz)"],
+        )
+    return _from_file(path, model, num_ranks, tokens_per_rank)
+
+
+def _from_rule(
+    name: str,
+    arguments: str,
+    model: ModelSpec,
+    num_ranks: int,
+    tokens_per_rank: int | None,
+    seed: int,
+) -> Traffic:
+    numbers = _numbers(name, arguments)
+    tokens = tokens_per_rank or DEFAULT_TOKENS_PER_RANK
+    random = np.random.default_rng(seed)
+    layers, experts = model.num_moe_layers, model.num_experts
+    skew = 0.0
+    if name == "uniform":
+        popularity = np.ones((layers, 1, experts))
+    elif name == "zipf":
+        ranked = np.arange(1, experts + 1, dtype=float) ** -(numbers[0] if numbers else 1.0)
+        popularity = np.stack([random.permutation(ranked) for _ in range(layers)])[:, None]
+    else:
+        sigma, skew = (*numbers, 1.0, 0.0)[:2] if not numbers else (*numbers, 0.0)[:2]
+        popularity = random.lognormal(0.0, sigma, (layers, 1, experts))
+    if skew:
+        popularity = popularity * random.lognormal(0.0, skew, (layers, num_ranks, experts))
+    shares = np.broadcast_to(_shares(popularity, model.top_k), (layers, num_ranks, experts))
+    counts = shares * (tokens * model.top_k)
+    assumptions = [f"traffic is the rule {name}{':' + arguments if arguments else ''}, not a trace"]
+    if tokens_per_rank is None:
+        assumptions.append(f"{tokens} tokens a rank and step (give --tokens)")
+    if not skew:
+        assumptions.append("every rank sends the same expert mix")
+    rule = f"{name}:{arguments}" if arguments else name
+    return Traffic(
+        counts=counts,
+        source=rule,
+        sha256=hashlib.sha256(f"{rule} seed {seed}".encode()).hexdigest(),
+        windows=1,
+        source_ranks=num_ranks if skew else 1,
+        tokens_per_rank=tokens,
+        assumptions=tuple(assumptions),
+    )
+
+
+def _numbers(name: str, arguments: str) -> tuple[float, ...]:
+    limit = {"uniform": 0, "zipf": 1, "lognormal": 2}[name]
+    try:
+        numbers = tuple(float(text) for text in arguments.split(",") if arguments)
+    except ValueError:
+        numbers = (-1.0,)
+    if len(numbers) > limit or any(not 0 <= number < 100 for number in numbers):
+        raise InputError(f"load {name}:{arguments} is not valid", hints=[f"rules: {RULES}"])
+    return numbers
+
+
+def _shares(popularity: Floats, top_k: int) -> Floats:
+    """Return popularity as shares of the assignments, none above 1/top_k.
+
+    A token picks top_k different experts, so an expert gets at most one of a token's top_k
+    assignments; what is above is given to the others in proportion.
+    """
+    shares: Floats = popularity / popularity.sum(axis=-1, keepdims=True)
+    limit = 1.0 / top_k
+    for _ in range(popularity.shape[-1]):
+        full = shares >= limit
+        if not (shares > limit * (1 + 1e-12)).any():
+            break
+        shares = np.where(full, limit, shares)
+        rest = 1.0 - limit * full.sum(axis=-1, keepdims=True)
+        free = np.where(full, 0.0, shares)
+        total = free.sum(axis=-1, keepdims=True)
+        shares = np.where(full, limit, free * np.divide(rest, total, where=total > 0, out=total))
+    return shares
+
+
+def _from_file(
+    path: Path, model: ModelSpec, num_ranks: int, tokens_per_rank: int | None
+) -> Traffic:
+    raw = _read_counts(path)
+    problems = _problems(raw, model, num_ranks)
+    if problems:
+        raise InputError(f"counts file {path} does not fit", problems=problems)
+    windows, _, source_ranks, _ = raw.shape
+    counts = raw.mean(axis=0, dtype=np.float64)
+    assumptions = []
+    if source_ranks == 1:
+        counts = np.repeat(counts / num_ranks, num_ranks, axis=1)
+        assumptions.append(
+            "the counts file has one source rank: every rank is taken to send the same expert mix"
+        )
+    if windows > 1:
+        assumptions.append(f"traffic is the mean of {windows} windows")
+    mean_tokens = counts.sum() / (counts.shape[0] * num_ranks * model.top_k)
+    if tokens_per_rank is None:
+        assumptions.append(f"a step is one window: {mean_tokens:.0f} tokens a rank")
+    else:
+        counts = counts * (tokens_per_rank / mean_tokens)
+    return Traffic(
+        counts=counts,
+        source=str(path),
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        windows=windows,
+        source_ranks=source_ranks,
+        tokens_per_rank=tokens_per_rank or max(1, round(mean_tokens)),
+        assumptions=tuple(assumptions),
+    )
+
+
+def _read_counts(path: Path) -> npt.NDArray[np.integer]:
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"counts file {path} is not a readable .npz file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "counts" not in archive:
+                raise InputError(f"counts file {path} has no array `counts`")
+            counts: npt.NDArray[np.integer] = archive["counts"]
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError):
+        raise InputError(f"counts file {path} is not a readable .npz file") from None
+    if counts.ndim != 4 or not np.issubdtype(counts.dtype, np.integer):
+        raise InputError(
+            f"counts file {path}: `counts` is {counts.dtype}{list(counts.shape)}; it must be "
+            "integers [windows, layers, source_ranks, experts]"
+        )
+    return counts
+
+
+def _problems(counts: npt.NDArray[np.integer], model: ModelSpec, num_ranks: int) -> list[str]:
+    windows, layers, source_ranks, experts = counts.shape
+    problems = []
+    if not windows:
+        problems.append("it has no window")
+    if layers != model.num_moe_layers:
+        problems.append(
+            f"{layers} layers, but model {model.name} has {model.num_moe_layers} MoE layers"
+        )
+    if experts != model.num_experts:
+        problems.append(f"{experts} experts, but model {model.name} has {model.num_experts}")
+    if source_ranks not in (1, num_ranks):
+        problems.append(f"{source_ranks} source ranks; the EP group has {num_ranks} (1 also fits)")
+    if counts.size and counts.min() < 0:
+        problems.append(f"negative counts, the smallest is {counts.min()}")
+    elif windows and not counts.sum(axis=(0, 2, 3)).all():
+        empty = np.flatnonzero(counts.sum(axis=(0, 2, 3)) == 0).tolist()
+        problems.append(f"layers {empty} have no assignment at all")
+    return problems

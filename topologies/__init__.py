@@ -1,0 +1,1 @@
+"""What the cluster is: graph, hardware profiles, routes, readers, bundled clusters."""
