@@ -12,6 +12,7 @@ written) and 130 (interrupted) are results, not exceptions.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class EpplanError(Exception):
@@ -69,8 +70,20 @@ class FindingsError(EpplanError):
 
 
 class RankFailedError(EpplanError):
-    """A launched rank failed; `exit_code` is the rank's own."""
+    """A launched rank failed; `exit_code` is the rank's own.
 
-    def __init__(self, message: str, *, exit_code: int, hints: Sequence[str] = ()) -> None:
+    `result` is what the worker had written by then: a run that ended but differs from the dense
+    model fails and still has its result.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        exit_code: int,
+        hints: Sequence[str] = (),
+        result: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message, hints=hints)
         self.exit_code = exit_code
+        self.result = result

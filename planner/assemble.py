@@ -172,7 +172,7 @@ def _verdict(problem: Problem, number: int, layer: LayerSolution) -> str:
     if seconds > layer.floor_s * _SAME:
         return f"no placement is faster; {found}"
     hot, bound = _with_a_replica(problem, number)
-    text = f"no placement is faster, single hot experts set the time; {found}"
+    text = f"no placement is faster: one expert alone takes this long anywhere; {found}"
     if bound * _SAME < seconds:
         text += f"; a second copy of expert {hot} would lower the bound to {format_time(bound)}"
     return text

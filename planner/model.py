@@ -119,6 +119,12 @@ class ModelSpec(BaseModel):
                 f"attention.num_heads {self.attention.num_heads} is not a multiple of "
                 f"num_kv_heads {self.attention.num_kv_heads}"
             )
+        attention = self.attention
+        rotated = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim
+        if attention.rope_theta is not None and rotated % 2:
+            raise ValueError(f"position encoding rotates pairs, and {rotated} elements are odd")
+        if attention.kind == "mla" and not (attention.kv_lora_rank and attention.qk_nope_head_dim):
+            raise ValueError("attention of kind mla needs kv_lora_rank and qk_nope_head_dim")
         return self
 
     @property

@@ -8,7 +8,8 @@ import pytest
 
 from epplan.errors import InputError
 from epplan.topologies.graph import Cluster, Nic, Numa, PcieSwitch, Plane
-from epplan.topologies.routes import PATH_TYPES, find_routes
+from epplan.topologies.host_paths import PATH_TYPES
+from epplan.topologies.routes import find_routes
 from epplan.topologies.show import summary
 from epplan.topologies.sources import load_cluster
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from epplan.errors import InputError
 from epplan.topologies.cluster_file import read_cluster_file
 from epplan.topologies.graph import Cluster, NetworkSwitch, Nic, PcieSwitch
-from epplan.topologies.routes import PATH_TYPES, Floats, find_routes
+from epplan.topologies.host_paths import PATH_TYPES
+from epplan.topologies.routes import Floats, find_routes
 from epplan.topologies.sources import load_cluster
 from tests.tiny import tiny_cluster
 

@@ -6,14 +6,14 @@ as written. A bare number is refused: it would be a guess.
 
 import re
 
-_PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
-_NUMBER = r"\s*([0-9]*\.?[0-9]+)\s*"
-_BANDWIDTH = re.compile(_NUMBER + r"([kMGT]?)(b|B)/s\s*")
-_MEMORY = re.compile(_NUMBER + r"([KMGT]i|[kMGT]?)B\s*")
-_FLOPS = re.compile(_NUMBER + r"([GTP])FLOP/s\s*")
-_TIME = re.compile(_NUMBER + r"(s|ms|us|ns)\s*")
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_SIZES = _DECIMAL | _BINARY
+_BITS = {f"{prefix}b/s": size / 8 for prefix, size in _DECIMAL.items()}
+_BANDWIDTHS = _BITS | {f"{prefix}B/s": size for prefix, size in _DECIMAL.items()}
+_MEMORIES = {f"{prefix}B": size for prefix, size in _SIZES.items()}
+_FLOPS = {"GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15}
+_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
 def parse_bandwidth(text: object) -> float:
@@ -22,11 +22,7 @@ def parse_bandwidth(text: object) -> float:
     Raises:
         ValueError: not a number with such a unit.
     """
-    match = _BANDWIDTH.fullmatch(str(text))
-    if not match:
-        raise ValueError(f"{text!r} is no bandwidth: write 400Gb/s (bits) or 50GB/s (bytes)")
-    number, prefix, unit = match.groups()
-    return float(number) * _PREFIX[prefix] / (8 if unit == "b" else 1)
+    return _parse(text, _BANDWIDTHS, "bandwidth: write 400Gb/s (bits) or 50GB/s (bytes)")
 
 
 def parse_memory(text: object) -> int:
@@ -35,11 +31,7 @@ def parse_memory(text: object) -> int:
     Raises:
         ValueError: not a number with such a unit.
     """
-    match = _MEMORY.fullmatch(str(text))
-    if not match:
-        raise ValueError(f"{text!r} is no memory size: write 141GiB (binary) or 80GB (decimal)")
-    number, prefix = match.groups()
-    return round(float(number) * {**_PREFIX, **_BINARY}[prefix])
+    return round(_parse(text, _MEMORIES, "memory size: write 141GiB (binary) or 80GB (decimal)"))
 
 
 def parse_flops(text: object) -> float:
@@ -48,10 +40,7 @@ def parse_flops(text: object) -> float:
     Raises:
         ValueError: not a number with such a unit.
     """
-    match = _FLOPS.fullmatch(str(text))
-    if not match:
-        raise ValueError(f"{text!r} is no compute rate: write 989TFLOP/s")
-    return float(match[1]) * _PREFIX[match[2]]
+    return _parse(text, _FLOPS, "compute rate: write 989TFLOP/s")
 
 
 def parse_time(text: object) -> float:
@@ -60,10 +49,14 @@ def parse_time(text: object) -> float:
     Raises:
         ValueError: not a number with such a unit.
     """
-    match = _TIME.fullmatch(str(text))
-    if not match:
-        raise ValueError(f"{text!r} is no time: write 3.4us")
-    return float(match[1]) * _SECONDS[match[2]]
+    return _parse(text, _TIMES, "time: write 3.4us")
+
+
+def _parse(text: object, units: dict[str, float], what: str) -> float:
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z/]*)\s*", str(text))
+    if not match or match[2] not in units:
+        raise ValueError(f"{text!r} is no {what}")
+    return float(match[1]) * units[match[2]]
 
 
 def format_bytes(count: float) -> str:

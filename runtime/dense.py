@@ -1,0 +1,146 @@
+"""The reference: the whole model in one process, without dispatch, one expert in memory at a time.
+
+Shapes: B sequences of all ranks, S positions, T = B x S tokens, H hidden size, E experts, K experts
+per token, L MoE layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epplan.planner.model import ModelSpec
+
+from .attention import attention, rms_norm
+from .experts import fingerprint, mlp
+from .router import choose, preferences, scores, weigh
+from .routing_ties import choice_margin
+from .weights import SeededWeights
+
+# Scores closer than this part of their size may be ordered either way: a score moves by at most
+# its logit's error times itself. Over 24 layers of top-8 routing of 128 experts the widest tie was
+# 3e-6 in float32, 5e-3 in float16 and 4e-2 in bfloat16.
+_TIE_MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_MAX_DISAGREEMENTS = 16  # per layer: the run has failed by then, and each takes milliseconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disagreement:
+    """A token routed differently by the distributed run, beyond rounding."""
+
+    layer: int  # absolute
+    token: int  # among all ranks' tokens
+    experts: tuple[int, ...]  # of the distributed run
+    reference_experts: tuple[int, ...]
+    margin: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseRun:
+    """The reference's output, and how its routing compares."""
+
+    hidden_BSH: Tensor
+    fingerprints_LE: Tensor  # int64, of every expert's weights
+    num_ties: int
+    disagreements: tuple[Disagreement, ...]
+
+
+@torch.inference_mode()
+def run_dense(
+    spec: ModelSpec, weights: SeededWeights, x_BSH: Tensor, experts_LTK: Tensor
+) -> DenseRun:
+    """Run all sequences of all ranks.
+
+    Args:
+        spec: the model.
+        weights: the same seeded weights as the distributed run's.
+        x_BSH: input hidden states; overwritten.
+        experts_LTK: the distributed run's choice, followed where it is a tie.
+    """
+    num_ties = 0
+    disagreements: list[Disagreement] = []
+    fingerprints: list[Tensor] = []
+    for layer in range(spec.num_layers):
+        projections = weights.attention(layer)
+        for x_1SH in torch.split(x_BSH, 1):  # sequence by sequence: memory stays at one of them
+            x_1SH += attention(rms_norm(x_1SH), projections, spec.attention)
+        if layer in spec.moe_layers:
+            experts_TK = experts_LTK[spec.moe_layers.index(layer)]
+            ties, wrong, fingerprints_E = _add_moe(spec, weights, layer, x_BSH, experts_TK)
+            num_ties += ties
+            disagreements += wrong
+            fingerprints.append(fingerprints_E)
+        else:
+            dense = weights.dense_mlp(layer)
+            for x_1SH in torch.split(x_BSH, 1):
+                x_1SH += mlp(rms_norm(x_1SH), dense)
+    return DenseRun(
+        hidden_BSH=x_BSH,
+        fingerprints_LE=torch.stack(fingerprints),
+        num_ties=num_ties,
+        disagreements=tuple(disagreements),
+    )
+
+
+def _add_moe(
+    spec: ModelSpec, weights: SeededWeights, layer: int, x_BSH: Tensor, experts_TK: Tensor
+) -> tuple[int, list[Disagreement], Tensor]:
+    """Add the MoE output to x_BSH; return ties, disagreements and the experts' fingerprints."""
+    h_TH = rms_norm(x_BSH).flatten(0, 1)
+    scores_TE = scores(h_TH.float() @ weights.router(layer).T, spec.router)
+    preferences_TE = preferences(scores_TE, weights.router_bias(layer))
+    own_TK = choose(preferences_TE, spec.router, spec.top_k)
+    num_ties, wrong = _follow_ties(
+        spec, layer, preferences_TE, own_TK, experts_TK.to(own_TK.device), x_BSH.dtype
+    )
+    weights_TK = weigh(scores_TE, own_TK, spec.router)
+    sum_TH = torch.zeros_like(h_TH, dtype=torch.float32)
+    fingerprints = []
+    for number in range(spec.num_experts):
+        expert = weights.expert(layer, number)
+        fingerprints.append(fingerprint(expert))
+        tokens, choices = (own_TK == number).nonzero(as_tuple=True)
+        sum_TH[tokens] += mlp(h_TH[tokens], expert) * weights_TK[tokens, choices, None]
+    out_TH = sum_TH.to(x_BSH.dtype)
+    shared = weights.shared_expert(layer)
+    if shared is not None:
+        out_TH = out_TH + mlp(h_TH, shared)
+    x_BSH += out_TH.view_as(x_BSH)
+    return num_ties, wrong, torch.stack(fingerprints)
+
+
+def _follow_ties(
+    spec: ModelSpec,
+    layer: int,
+    preferences_TE: Tensor,
+    own_TK: Tensor,
+    other_TK: Tensor,
+    dtype: torch.dtype,
+) -> tuple[int, list[Disagreement]]:
+    """Overwrite own_TK by other_TK where the difference is a tie.
+
+    Returns:
+        The number of ties, and the first differences that are none.
+    """
+    differs_T = (own_TK.sort(-1).values != other_TK.sort(-1).values).any(-1)
+    num_ties = 0
+    wrong: list[Disagreement] = []
+    for token in differs_T.nonzero().flatten().tolist():
+        if len(wrong) == _MAX_DISAGREEMENTS:
+            break
+        other: list[int] = other_TK[token].tolist()
+        margin = choice_margin(preferences_TE[token], other, spec.router)
+        if margin <= _TIE_MARGIN[dtype]:
+            num_ties += 1
+            own_TK[token] = other_TK[token]
+        else:
+            wrong.append(
+                Disagreement(
+                    layer=layer,
+                    token=token,
+                    experts=tuple(sorted(other)),
+                    reference_experts=tuple(sorted(own_TK[token].tolist())),
+                    margin=margin,
+                )
+            )
+    return num_ties, wrong

@@ -1,0 +1,71 @@
+"""How logits become experts and weights: one rule for all model families.
+
+Shapes: T tokens, E experts, K experts per token (top-k), N groups of E / N experts.
+
+Logits are in logical expert order and float32. Placement never enters here: slots are looked up
+afterwards, because permuting the router's rows would break ties differently and would tear
+apart the groups of group-limited routing.
+"""
+
+import torch
+from torch import Tensor
+
+from epplan.planner.model import RouterSpec
+
+
+def route(
+    logits_TE: Tensor, spec: RouterSpec, top_k: int, bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the weight and the number of each chosen expert.
+
+    Args:
+        logits_TE: router logits.
+        spec: the model's rule.
+        top_k: experts per token.
+        bias_E: correction bias; it changes the choice, never the weight.
+
+    Returns:
+        weights_TK (float32) and experts_TK (int64), best choice first.
+    """
+    scores_TE = scores(logits_TE, spec)
+    experts_TK = choose(preferences(scores_TE, bias_E), spec, top_k)
+    return weigh(scores_TE, experts_TK, spec), experts_TK
+
+
+def scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Return scores_TE in [0, 1], float32."""
+    logits_TE = logits_TE.float()
+    return logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
+
+
+def preferences(scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+    """Return what the choice goes by: the scores, corrected by the bias where there is one."""
+    return scores_TE if bias_E is None else scores_TE + bias_E
+
+
+def choose(preferences_TE: Tensor, spec: RouterSpec, top_k: int) -> Tensor:
+    """Return experts_TK: the best ones within the best groups."""
+    if spec.groups > 1:
+        preferences_TE = _within_best_groups(preferences_TE, spec)
+    return preferences_TE.topk(top_k, dim=-1).indices
+
+
+def weigh(scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+    """Return weights_TK of the chosen experts."""
+    weights_TK = scores_TE.gather(1, experts_TK)
+    if spec.renormalize:
+        # 1e-20 as in the published models: sigmoid scores may all underflow to 0.
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return weights_TK * spec.scale
+
+
+def _within_best_groups(preferences_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Return the preferences with -inf for every expert outside its token's best groups."""
+    grouped_TNe = torch.unflatten(preferences_TE, -1, (spec.groups, -1))
+    if spec.group_rule == "max":
+        groups_TN = grouped_TNe.amax(-1)
+    else:
+        groups_TN = grouped_TNe.topk(min(2, grouped_TNe.shape[-1]), dim=-1).values.sum(-1)
+    best_TG = groups_TN.topk(spec.topk_groups, dim=-1).indices
+    outside_TN = torch.ones_like(groups_TN, dtype=torch.bool).scatter_(1, best_TG, False)
+    return grouped_TNe.masked_fill(outside_TN[..., None], float("-inf")).flatten(1)

@@ -1,0 +1,139 @@
+"""Seeded weights and inputs: every tensor is a function of its name alone.
+
+A rank builds only its own experts, the dense model builds one expert at a time, and both get the
+same numbers. torch's own generators would not do: what they draw on a GPU depends on its number of
+multiprocessors, so that ranks on different GPU models would disagree. Here each element is an
+integer hash of its index and of the tensor's key, exact on every device.
+
+Shapes: H hidden size, E experts, F width of an MLP.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epplan.planner.model import ModelSpec
+
+from .attention import attention_shapes
+from .experts import MlpWeights
+
+# Elements hashed at a time: in a core's cache, or enough to fill a GPU.
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}
+# Logits of unit RMS hidden states have this standard deviation: every expert gets its share, and
+# scores differ enough for a choice to be clear.
+_LOGIT_STD = 1.0
+_BIAS_STD = 0.05  # against sigmoid scores about 0.5: changes some choices, rules none out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeededWeights:
+    """The weights of a model, built on demand; nothing is kept.
+
+    `layer` is the absolute layer number everywhere.
+    """
+
+    spec: ModelSpec
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def attention(self, layer: int) -> dict[str, Tensor]:
+        """Return the projections of one layer, by name."""
+        shapes = attention_shapes(self.spec.attention, self.spec.hidden_size)
+        return {name: self._matrix(layer, name, shape) for name, shape in shapes.items()}
+
+    def router(self, layer: int) -> Tensor:
+        """Return router_EH, float32 whatever the model's dtype."""
+        shape = (self.spec.num_experts, self.spec.hidden_size)
+        std = _LOGIT_STD / math.sqrt(self.spec.hidden_size)
+        return self._seeded(layer, "router", shape, std, torch.float32)
+
+    def router_bias(self, layer: int) -> Tensor | None:
+        """Return bias_E, float32, for models with a correction bias."""
+        if not self.spec.router.correction_bias:
+            return None
+        shape = (self.spec.num_experts,)
+        return self._seeded(layer, "router_bias", shape, _BIAS_STD, torch.float32)
+
+    def expert(self, layer: int, expert: int) -> MlpWeights:
+        """Return the weights of one expert."""
+        return self._mlp(layer, f"expert{expert}", self.spec.expert_ffn_size, self.spec.gated)
+
+    def shared_expert(self, layer: int) -> MlpWeights | None:
+        """Return the shared experts as one gated MLP, for models that have them."""
+        if not self.spec.shared_ffn_size:
+            return None
+        return self._mlp(layer, "shared", self.spec.shared_ffn_size, gated=True)
+
+    def dense_mlp(self, layer: int) -> MlpWeights:
+        """Return the MLP of a layer without experts."""
+        return self._mlp(layer, "dense", self.spec.dense_ffn_size, gated=True)
+
+    def _mlp(self, layer: int, name: str, width: int, gated: bool) -> MlpWeights:
+        up_shape, down_shape = (width, self.spec.hidden_size), (self.spec.hidden_size, width)
+        return MlpWeights(
+            gate_FH=self._matrix(layer, f"{name}.gate", up_shape) if gated else None,
+            up_FH=self._matrix(layer, f"{name}.up", up_shape),
+            down_HF=self._matrix(layer, f"{name}.down", down_shape),
+        )
+
+    def _matrix(self, layer: int, name: str, shape: tuple[int, int]) -> Tensor:
+        """Return a projection, [out, in], that keeps the variance of its input."""
+        return self._seeded(layer, name, shape, 1 / math.sqrt(shape[1]), self.dtype)
+
+    def _seeded(
+        self, layer: int, name: str, shape: Sequence[int], std: float, dtype: torch.dtype
+    ) -> Tensor:
+        key = f"{self.seed}/{layer}/{name}"
+        return seeded_tensor(key, shape, std=std, device=self.device, dtype=dtype)
+
+
+def seeded_hidden(
+    seed: int,
+    rank: int,
+    shape: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the input hidden states of a rank, [sequences, positions, H], of unit variance."""
+    hidden = torch.empty(*shape, device=device, dtype=dtype)
+    for sequence, out in enumerate(hidden):
+        key = f"{seed}/input/{rank}/{sequence}"
+        out.copy_(seeded_tensor(key, out.shape, std=1.0, device=device, dtype=dtype))
+    return hidden
+
+
+def seeded_tensor(
+    key: str, shape: Sequence[int], *, std: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return a tensor of uniform numbers with mean 0, the same on every device.
+
+    Args:
+        key: its name; another key gives independent numbers.
+        shape: of fewer than 2**31 elements.
+        std: standard deviation.
+    """
+    keys = struct.unpack("<3i", hashlib.blake2b(key.encode(), digest_size=12).digest())
+    flat = torch.empty(math.prod(shape), device=device, dtype=dtype)
+    assert flat.numel() < 1 << 31, (key, shape)
+    scale = std * math.sqrt(3) / 2**31  # uniform on [-a, a] has standard deviation a / sqrt(3)
+    chunk = _CHUNK[device.type]
+    for first in range(0, flat.numel(), chunk):
+        last = min(first + chunk, flat.numel())
+        words = torch.arange(first, last, dtype=torch.int32, device=device)
+        flat[first:last] = _hash(words, keys).to(torch.float32).mul_(scale)
+    return flat.view(*shape)
+
+
+def _hash(words: Tensor, keys: Sequence[int]) -> Tensor:
+    """Hash int32 words in place, one round per key; products wrap, shifts are made logical."""
+    for key in keys:
+        words.bitwise_xor_(key)
+        words.bitwise_xor_((words >> 15).bitwise_and_(0x1FFFF)).mul_(0x45D9F3B)
+    return words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF))

@@ -1,0 +1,157 @@
+"""One rank: read the plan, build this rank's part of the model, run it, time it, check it.
+
+    RANK=... LOCAL_RANK=... WORLD_SIZE=... MASTER_ADDR=... MASTER_PORT=... \\
+        python -m epplan.runtime.worker PLAN --sequences 2 --sequence-length 64
+
+Importing this module does no work and starts no threads, so that a launcher may import it once
+and fork the ranks.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+
+from epplan.errors import EpplanError, InputError
+from epplan.files import write_atomically
+from epplan.planner.plan import Plan, read_plan
+
+from .environment import (
+    RankEnvironment,
+    Setting,
+    choose_setting,
+    num_local_ranks,
+    num_threads,
+    read_environment,
+)
+from .measure import Options, run_rank
+from .result import Result, result_text, summary_lines
+
+_PROGRAM = "python -m epplan.runtime.worker"
+# The slowest rank may still build its weights while the others wait in their first collective.
+_TIMEOUT = timedelta(minutes=10)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one rank; ends in SystemExit."""
+    command.main(args=args, prog_name=_PROGRAM)
+
+
+@click.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "gloo", "nccl"]),
+    default="auto",
+    show_default=True,
+    help="nccl computes on GPUs, gloo on the CPU; auto: nccl where every rank has a GPU.",
+)
+@click.option("--sequences", type=click.IntRange(1), default=2, show_default=True, help="Per rank.")
+@click.option(
+    "--sequence-length", type=click.IntRange(1), default=64, show_default=True, help="In tokens."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Timed steps, after one to warm up.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare with the dense model, on rank 0.",
+)
+@click.option(
+    "--result", type=click.Path(path_type=Path), help="File for rank 0's result, as JSON."
+)
+def command(plan: Path, result: Path | None, **options: Any) -> None:
+    """Run one rank of PLAN, with torchrun's variables in the environment."""
+    try:
+        _run(plan, Options(**options), result)
+    except EpplanError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+
+
+def _run(path: Path, options: Options, result_path: Path | None) -> None:
+    environment = read_environment(os.environ)
+    plan = read_plan(path)
+    if plan.world_size != environment.world_size:
+        raise InputError(
+            f"plan {path} is for {plan.world_size} ranks, WORLD_SIZE is {environment.world_size}",
+            hints=[
+                f"start {plan.world_size} ranks, or make a plan for {environment.world_size} "
+                "with `epplan solve`"
+            ],
+        )
+    local_ranks = num_local_ranks(environment, plan)
+    setting = choose_setting(options.backend, plan.model, environment.local_rank, local_ranks)
+    if setting.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(num_threads(local_ranks))
+    with _process_group(environment, setting):
+        _check_agreement(plan, options)
+        result = run_rank(plan, options, setting, environment.rank)
+    if result is not None:
+        _report(result, plan, result_path)
+
+
+@contextmanager
+def _process_group(environment: RankEnvironment, setting: Setting) -> Iterator[None]:
+    device = setting.device if setting.device.type == "cuda" else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        setting.backend,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=_TIMEOUT,
+        device_id=device,
+    )
+    yield
+    # Not after an error: others may still be waiting for this rank, and NCCL would wait for them.
+    dist.destroy_process_group()
+
+
+def _check_agreement(plan: Plan, options: Options) -> None:
+    """Compare plan and options of all ranks: with different ones they would hang or be wrong.
+
+    Raises:
+        InputError: names the ranks that differ from rank 0.
+    """
+    everyone: list[str] = [""] * plan.world_size
+    dist.all_gather_object(everyone, f"plan {plan.sha256()[:12]}, {options}")
+    problems = [f"rank {rank}: {own}" for rank, own in enumerate(everyone) if own != everyone[0]]
+    if problems:
+        raise InputError(
+            "ranks were started with different plans or options",
+            problems=[f"rank 0: {everyone[0]}", *problems],
+        )
+
+
+def _report(result: Result, plan: Plan, path: Path | None) -> None:
+    """Write and print the result.
+
+    Raises:
+        EpplanError: the run was wrong.
+    """
+    if path is not None:
+        write_atomically(path, result_text(result))
+    for line in summary_lines(result, plan):
+        click.echo(line)
+    if result.verified is False:
+        raise EpplanError(
+            "the distributed run differs from the dense model", problems=result.problems[:5]
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Plans made by hand, without a solver: valid, with costs of nothing."""
+
+from collections.abc import Sequence
+
+from epplan.planner.model import ModelSpec
+from epplan.planner.plan import (
+    Certificate,
+    Inputs,
+    LayerCost,
+    Plan,
+    Rank,
+    RankMemory,
+    Source,
+    Workload,
+    plan_problems,
+)
+
+
+def bare_plan(
+    model: ModelSpec,
+    gpus: Sequence[tuple[str, int]],
+    expert_of_slot: Sequence[Sequence[int | None]],
+) -> Plan:
+    """Return a plan for these GPUs.
+
+    Args:
+        model: the model.
+        gpus: host and GPU of each rank.
+        expert_of_slot: by MoE layer and slot.
+    """
+    source = Source(source="test", sha256="0" * 64)
+    plan = Plan(
+        epplan_version="0.1.0",
+        command="epplan solve",
+        inputs=Inputs(topology=source, model=source, traffic=source, seed=0),
+        model=model,
+        workload=Workload(tokens_per_rank=1, source_ranks=1, windows=1),
+        ranks=tuple(
+            Rank(rank=rank, host=host, gpu_index=gpu, gpu_model="none", memory_bytes=1)
+            for rank, (host, gpu) in enumerate(gpus)
+        ),
+        slots_per_rank=len(expert_of_slot[0]) // len(gpus),
+        expert_of_slot=tuple(map(tuple, expert_of_slot)),
+        cost=tuple(
+            LayerCost(
+                layer=layer,
+                dispatch_s=0,
+                compute_s=0,
+                combine_s=0,
+                total_s=0,
+                bound_s=0,
+                binding="",
+                verdict="",
+            )
+            for layer in model.moe_layers
+        ),
+        memory=tuple(
+            RankMemory(rank=rank, experts=0, replicated=0, kv_cache=0, buffers=0, capacity=1)
+            for rank in range(len(gpus))
+        ),
+        certificate=Certificate(
+            status="feasible",
+            objective_s=0,
+            bound_s=0,
+            gap=0,
+            seconds=0,
+            binding="",
+            contiguous_s=0,
+            solver="none",
+            scope="none",
+        ),
+    )
+    assert not plan_problems(plan)
+    return plan
