@@ -5,6 +5,7 @@ planned. Sizes are in elements, memory in bytes, dtypes by their torch names.
 """
 
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,8 +214,13 @@ def _scaled(fields: dict[str, Any], scale: float) -> dict[str, Any]:
 
 def bundled_models() -> list[str]:
     """Return the names of the models that come with epplan."""
-    folder = resources.files("epplan.planner") / "models"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir())
+    return sorted(_bundled())
+
+
+def _bundled() -> dict[str, Traversable]:
+    entries = resources.files("epplan.planner.models").iterdir()
+    files = [entry for entry in entries if entry.name.endswith((".yaml", ".json"))]
+    return {Path(entry.name).stem: entry for entry in files}
 
 
 def load_model(source: str) -> ModelSpec:
@@ -223,10 +229,9 @@ def load_model(source: str) -> ModelSpec:
     Raises:
         InputError: unknown name, unknown architecture or an invalid file.
     """
-    folder = resources.files("epplan.planner") / "models"
-    for entry in folder.iterdir():
-        if Path(entry.name).stem == source:
-            return _parse_model(entry.read_text(encoding="utf-8"), f"bundled model {source}")
+    bundled = _bundled().get(source)
+    if bundled is not None:
+        return _parse_model(bundled.read_text(encoding="utf-8"), f"bundled model {source}")
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"

@@ -14,8 +14,8 @@ from .readers.nccl_xml import is_nccl_xml, read_nccl_xml
 
 def bundled_clusters() -> list[str]:
     """Return the names of the clusters that come with epplan."""
-    folder = resources.files("epplan.topologies") / "clusters"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir())
+    entries = resources.files("epplan.topologies.clusters").iterdir()
+    return sorted(Path(entry.name).stem for entry in entries if entry.name.endswith(".yaml"))
 
 
 def load_cluster(source: str, gpu_model: str | None = None) -> Cluster:
@@ -29,7 +29,7 @@ def load_cluster(source: str, gpu_model: str | None = None) -> Cluster:
         InputError: unknown source, unknown format or an invalid file.
     """
     if source in bundled_clusters():
-        entry = resources.files("epplan.topologies") / "clusters" / f"{source}.yaml"
+        entry = resources.files("epplan.topologies.clusters") / f"{source}.yaml"
         return _parse(entry.read_text(encoding="utf-8"), f"bundled cluster {source}", gpu_model)
     path = Path(source)
     if not path.exists():
