@@ -21,8 +21,8 @@ from .plan import (
     content_hash,
 )
 from .problem import MEMORY_HEADROOM, Problem
+from .rows import RowBuilder
 from .solve import LayerSolution, Solution
-from .terms import layer_terms
 from .traffic import Traffic
 
 _SAME = 1 + 1e-6  # times closer than this are equal
@@ -183,12 +183,12 @@ def _with_a_replica(problem: Problem, number: int) -> tuple[int, float]:
 
     However they are split, one copy keeps at least half of every row's share: a true lower bound.
     """
-    terms = layer_terms(problem, number)
+    layer = RowBuilder(problem).layer(number)
     rows = problem.counts[number].sum(axis=0)
     hot = int(rows.argmax())
     share = np.where(np.arange(len(rows)) == hot, 0.5, 1.0)
-    alone = [(phase.rows.max(axis=0).min(axis=1) * share).max() for phase in terms.phases]
-    return hot, float(terms.constant_s + sum(alone))
+    alone = [phase.weight * (phase.alone.min(axis=1) * share).max() for phase in layer.phases]
+    return hot, float(layer.constant_s + sum(alone))
 
 
 def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost]) -> Certificate:

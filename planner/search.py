@@ -26,20 +26,21 @@ def contiguous(num_experts: int, capacity: Ints) -> Placement:
     return np.repeat(np.arange(len(capacity)), taken)
 
 
-def best_start(terms: LayerTerms, capacity: Ints, seed: int) -> tuple[str, Placement]:
+def best_start(
+    terms: LayerTerms, capacity: Ints, seed: int, shuffles: int = 3
+) -> tuple[str, Placement]:
     """Return the best placement found without the solver, and how it was found.
 
     Args:
         terms: the layer's objective.
-        capacity: most experts on every GPU, [gpus].
+        capacity: most experts in every cell, [cells].
         seed: of the shuffled starts.
+        shuffles: how many of those.
     """
     best: tuple[float, str, Placement] | None = None
-    for name, start in _starts(terms, capacity, seed):
-        for label, placement in (
-            (name, start),
-            (f"{name} + swaps", _descend(terms, start, capacity)),
-        ):
+    for name, start in _starts(terms, capacity, seed, shuffles):
+        better = descend(terms, start, capacity)
+        for label, placement in ((name, start), (f"{name} + swaps", better)):
             seconds = terms.seconds(placement)
             if best is None or seconds < best[0] * _SIGNIFICANT:
                 best = seconds, label, placement
@@ -49,46 +50,47 @@ def best_start(terms: LayerTerms, capacity: Ints, seed: int) -> tuple[str, Place
     return best[1], best[2]
 
 
-def _starts(terms: LayerTerms, capacity: Ints, seed: int) -> Iterator[tuple[str, Placement]]:
-    num_experts = terms.phases[0].rows.shape[1]
-    yield "contiguous", contiguous(num_experts, capacity)
-    yield "greedy", _greedy(terms, capacity)
+def _starts(
+    terms: LayerTerms, capacity: Ints, seed: int, shuffles: int
+) -> Iterator[tuple[str, Placement]]:
+    yield "contiguous", contiguous(terms.num_experts, capacity)
+    yield "greedy", greedy(terms, capacity)
     random = np.random.default_rng(seed)
     slots = np.repeat(np.arange(len(capacity)), capacity)
-    for number in range(3):
-        yield f"shuffle {number}", random.permutation(slots)[:num_experts]
+    for number in range(shuffles):
+        yield f"shuffle {number}", random.permutation(slots)[: terms.num_experts]
 
 
-def _greedy(terms: LayerTerms, capacity: Ints) -> Placement:
+def greedy(terms: LayerTerms, capacity: Ints) -> Placement:
     """Place the heaviest expert first, each where the phases' sum of maxima grows least."""
-    num_experts = terms.phases[0].rows.shape[1]
-    weight = sum(phase.rows.max(axis=0).min(axis=1) for phase in terms.phases)
+    weight = sum(phase.weight * phase.alone.min(axis=1) for phase in terms.phases)
     left = capacity.copy()
     loads = [np.zeros(len(phase.rows)) for phase in terms.phases]
-    placement = np.zeros(num_experts, dtype=np.intp)
+    placement = np.zeros(terms.num_experts, dtype=np.intp)
     for expert in np.argsort(-np.asarray(weight), kind="stable"):
         cost = np.zeros(len(capacity))
         total = np.zeros(len(capacity))
         for phase, load in zip(terms.phases, loads, strict=True):
-            after = load[:, None] + phase.rows[:, expert, :]  # [rows, gpus]
-            cost += after.max(axis=0)
-            total += after.sum(axis=0)
-        # Equal worst rows: the GPU that adds least in all.
+            after = load[:, None] + phase.rows[:, expert, :]  # [rows, cells]
+            worst = after.max(axis=0, initial=0.0)
+            cost += phase.weight * np.maximum(worst, phase.alone[expert])
+            total += phase.weight * after.sum(axis=0)
+        # Equal worst rows: the cell that adds least in all.
         order = np.lexsort((total, np.where(left > 0, cost, np.inf)))
-        gpu = int(order[0])
-        placement[expert] = gpu
-        left[gpu] -= 1
+        cell = int(order[0])
+        placement[expert] = cell
+        left[cell] -= 1
         for phase, load in zip(terms.phases, loads, strict=True):
-            load += phase.rows[:, expert, gpu]
+            load += phase.rows[:, expert, cell]
     return placement
 
 
-def _descend(terms: LayerTerms, start: Placement, capacity: Ints) -> Placement:
+def descend(terms: LayerTerms, start: Placement, capacity: Ints) -> Placement:
     """Swap two experts, or move one to a free slot, while the objective falls."""
     placement = start.copy()
     current = terms.seconds(placement)
     improved = True
-    while improved:
+    while improved and current * _SIGNIFICANT > terms.floor_s:
         improved = False
         for expert in range(len(placement)):
             seconds, candidate = _best_step(terms, placement, expert, capacity)
@@ -105,12 +107,19 @@ def _best_step(
     swapped = np.full(len(placement), terms.constant_s)
     moved = np.full(len(capacity), terms.constant_s)
     for phase in terms.phases:
-        rows = phase.rows
+        rows, alone = phase.rows, phase.alone
         load = rows[:, experts, placement].sum(axis=1, keepdims=True)
         without = load - rows[:, expert, here][:, None]
-        moved += (without + rows[:, expert, :]).max(axis=0)
+        others, all_but_two = _largest_without(alone[experts, placement], expert)
+        worst = (without + rows[:, expert, :]).max(axis=0, initial=0.0)
+        moved += phase.weight * np.maximum.reduce(
+            [worst, alone[expert], np.full(len(capacity), others)]
+        )
         exchange = rows[:, experts, here] - rows[:, experts, placement]  # others leave for here
-        swapped += (without + exchange + rows[:, expert, placement]).max(axis=0)
+        worst = (without + exchange + rows[:, expert, placement]).max(axis=0, initial=0.0)
+        swapped += phase.weight * np.maximum.reduce(
+            [worst, alone[expert, placement], alone[experts, here], all_but_two]
+        )
     swapped[expert] = np.inf
     moved[np.bincount(placement, minlength=len(capacity)) >= capacity] = np.inf
     candidate = placement.copy()
@@ -120,3 +129,13 @@ def _best_step(
         return float(swapped[other]), candidate
     candidate[expert] = int(moved.argmin())
     return float(moved.min()), candidate
+
+
+def _largest_without(values: Floats, expert: int) -> tuple[float, Floats]:
+    """Return the largest value without `expert`, and without it and each other one, [experts]."""
+    rest = values.copy()
+    rest[expert] = 0.0
+    top = int(rest.argmax())
+    largest = float(rest[top])
+    rest[top] = 0.0
+    return largest, np.where(np.arange(len(values)) == top, rest.max(), largest)

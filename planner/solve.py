@@ -1,13 +1,15 @@
 """From a problem to a placement with its certificate.
 
-Layers are independent unless memory couples them: every layer is searched, and solved as an integer
-program only where the search does not meet the bound already. The result is priced again by the
-evaluator, which knows nothing of the program.
+Layers are independent unless memory couples them, and solved side by side in processes when they
+are large. The result is priced again by the evaluator, which knows nothing of the linear forms.
+Ctrl-C and the time limit end the proof, not the plan: what is found by then is returned with its
+true gap.
 """
 
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +17,21 @@ import numpy.typing as npt
 from epplan.errors import EpplanError
 
 from .cost import LayerEvaluation, Placement, evaluate_layer
-from .highs import SolverResult, solve, solver_name
+from .highs import solve, solver_name
+from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Task, in_id_order, place_layer
 from .problem import Problem, even_capacity
+from .processes import run_in_processes
 from .program import MICROSECONDS, build_program
-from .search import best_start, contiguous
-from .terms import LayerTerms, layer_terms
+from .rows import RowBuilder
+from .search import contiguous
+from .terms import gpu_terms
 
-_OPTIMAL_GAP = 1e-6  # HiGHS's own feasibility tolerance: a smaller gap means nothing
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
+_JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
+_PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
+
+Capacity = npt.NDArray[np.int64]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +62,7 @@ class Solution:
     layers: tuple[LayerSolution, ...]
     bound_s: float  # proven; above the layers' own bounds where memory couples them
     status: str  # optimal, feasible (gap reached) or limit
+    interrupted: bool
     seconds: float
     solver: str
 
@@ -67,9 +77,6 @@ class Solution:
         return (self.objective_s - self.bound_s) / self.objective_s if self.objective_s else 0.0
 
 
-Progress = Callable[[str], None]
-
-
 def solve_placement(
     problem: Problem, *, gap: float, time_limit_s: float, seed: int, progress: Progress
 ) -> Solution:
@@ -77,148 +84,169 @@ def solve_placement(
 
     Args:
         problem: the problem; `make_problem` has checked that it has a solution.
-        gap: relative gap at which the solver may stop.
+        gap: relative gap at which to stop.
         time_limit_s: wall-clock limit over all layers.
         seed: of search and solver.
-        progress: called with one line per layer.
+        progress: called with a line now and then.
     """
     began = time.monotonic()
-    deadline = began + time_limit_s
-    capacity = even_capacity(problem)
-    groups = _groups(problem)
-    solved: dict[int, LayerSolution] = {}
-    bound = 0.0
-    for number, group in enumerate(groups):
-        share = max(0.0, deadline - time.monotonic()) / (len(groups) - number)
-        together = group if problem.layers_coupled else group[:1]
-        solutions, joint_bound = _solve_layers(problem, together, capacity, gap, share, seed)
-        bound += joint_bound * len(group) / len(together)
-        for layer in group:
-            solved[layer] = solutions.get(layer, solutions[group[0]])
-        progress(_line(solved[group[0]], len(solved), problem.model.num_moe_layers))
-    objective = sum(layer.evaluation.seconds for layer in solved.values())
-    bound = min(bound, objective)
+    effort = Effort(gap=gap, deadline=began + time_limit_s, seed=seed)
+    builder = RowBuilder(problem)
+    work = _Work(problem, builder, even_capacity(problem), effort, progress)
+    try:
+        work.run()
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    layers = tuple(work.solutions())
+    objective = sum(layer.evaluation.seconds for layer in layers)
+    bound = min(max(work.joint_bound_s, sum(layer.bound_s for layer in layers)), objective)
     return Solution(
-        layers=tuple(solved[layer] for layer in sorted(solved)),
+        layers=layers,
         bound_s=bound,
         status=_status((objective - bound) / objective if objective else 0.0, gap),
+        interrupted=interrupted,
         seconds=time.monotonic() - began,
         solver=solver_name(),
     )
 
 
-def _groups(problem: Problem) -> list[list[int]]:
-    """Return layers to solve as one: all where memory couples them, else those of equal traffic."""
-    layers = range(problem.model.num_moe_layers)
+class _Work:
+    """All distinct layers on their way."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        builder: RowBuilder,
+        capacity: Capacity,
+        effort: Effort,
+        progress: Progress,
+    ) -> None:
+        self.problem = problem
+        self.capacity = capacity  # [layers, gpus]
+        self.effort = effort
+        self.progress = progress
+        self.cells = builder.cells()
+        self.same_as = _equal_layers(problem)
+        self.rows = {layer: builder.layer(layer) for layer in sorted(set(self.same_as))}
+        self.best = {layer: in_id_order(rows, capacity[layer]) for layer, rows in self.rows.items()}
+        self.joint_bound_s = 0.0
+
+    def run(self) -> None:
+        """Improve all layers until their gaps are closed or the time is over."""
+        size = self.problem.model.num_experts * self.problem.num_ranks
+        if self.problem.layers_coupled:
+            self._run_coupled(size * len(self.rows) <= _JOINT_SIZE)
+        elif len(self.rows) > 1 and size * len(self.rows) > _PROCESSES_SIZE:
+            self._run_in_processes()
+        else:
+            for number, layer in enumerate(self.rows):
+                share_s = self.effort.left_s / (len(self.rows) - number)
+                self._take(layer, _place_within(self._task(layer), self.effort, share_s))
+
+    def solutions(self) -> Iterator[LayerSolution]:
+        """Yield every layer's solution, priced by the evaluator."""
+        for layer, twin in enumerate(self.same_as):
+            yield _layer_solution(self.problem, layer, self.best[twin], self.capacity[layer])
+
+    def _task(self, layer: int) -> Task:
+        return self.rows[layer], self.cells, self.capacity[layer], self.best[layer]
+
+    def _take(self, layer: int, better: LayerPlacement) -> None:
+        self.best[layer] = better
+        gap = 1 - better.bound_s / better.seconds
+        self.progress(f"layer {layer}: {better.seconds * 1e3:.4g} ms, gap {gap:.2%}")
+
+    def _run_in_processes(self) -> None:
+        """Solve layers side by side; each gets its share of the time, and then of what is left."""
+        for _ in range(2):
+            layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
+            if layers and self.effort.left_s:
+                self._solve_side_by_side(layers)
+
+    def _solve_side_by_side(self, layers: list[int]) -> None:
+        workers = min(len(layers), os.cpu_count() or 1)
+        budget_s = self.effort.left_s * workers / len(layers)
+        tasks = [(self._task(layer), self.effort, budget_s) for layer in layers]
+        for number, better in run_in_processes(_place_within, tasks, workers):
+            self._take(layers[number], better)
+
+    def _run_coupled(self, small: bool) -> None:
+        """Place layers that share memory, and where that is small solve them as one program."""
+        for layer, rows in self.rows.items():
+            # The placement keeps its share of memory; the bound must hold without such shares.
+            free = np.full_like(self.capacity[layer], self.problem.experts_per_gpu)
+            start = in_id_order(rows, free)
+            proven = place_layer((rows, self.cells, free, start), self.effort)
+            placed = place_layer(self._task(layer), self.effort)
+            self._take(layer, replace(placed, bound_s=min(proven.bound_s, placed.seconds)))
+        if small:
+            self._solve_jointly()
+
+    def _solve_jointly(self) -> None:
+        terms = {layer: gpu_terms(self.rows[twin]) for layer, twin in enumerate(self.same_as)}
+        limit = np.full(self.problem.num_ranks, self.problem.experts_per_gpu)
+        program = build_program(terms, limit, self.problem.slots_of_gpu)
+        start = {layer: self.best[twin].placement for layer, twin in enumerate(self.same_as)}
+        result = solve(
+            program.lp,
+            start=program.start_from(start),
+            gap=self.effort.gap,
+            time_limit_s=self.effort.left_s,
+            seed=self.effort.seed,
+        )
+        self.joint_bound_s = result.bound / MICROSECONDS + program.constant_s
+        found = program.placements(result.values) if result.values else start
+        for layer, placement in found.items():
+            # What one layer gains another may lose: take the joint solution as a whole.
+            self.best[layer] = LayerPlacement(
+                placement=placement,
+                seconds=terms[layer].seconds(placement),
+                bound_s=min(self.best[layer].bound_s, terms[layer].seconds(placement)),
+                found_by="integer program over all layers",
+                floor_s=terms[layer].floor_s,
+            )
+
+
+def _place_within(task: Task, effort: Effort, budget_s: float) -> LayerPlacement:
+    """Solve one layer within its own time, from when it starts."""
+    return place_layer(task, replace(effort, deadline=time.monotonic() + budget_s))
+
+
+def _equal_layers(problem: Problem) -> list[int]:
+    """Return for every layer the first with equal traffic: one solution serves both.
+
+    Memory-coupled layers are all different: what one takes another lacks.
+    """
     if problem.layers_coupled:
-        return [list(layers)]
-    equal: dict[bytes, list[int]] = {}
-    for layer in layers:
-        equal.setdefault(problem.counts[layer].tobytes(), []).append(layer)
-    return list(equal.values())
+        return list(range(problem.model.num_moe_layers))
+    first: dict[bytes, int] = {}
+    return [
+        first.setdefault(counts.tobytes(), layer) for layer, counts in enumerate(problem.counts)
+    ]
 
 
 def _status(reached: float, wanted: float) -> str:
-    if reached <= _OPTIMAL_GAP:
+    if reached <= OPTIMAL_GAP:
         return "optimal"
-    return "feasible" if reached <= wanted + _OPTIMAL_GAP else "limit"
-
-
-def _line(layer: LayerSolution, done: int, total: int) -> str:
-    gap = 1 - layer.bound_s / layer.evaluation.seconds
-    return f"layer {done} of {total}: {layer.evaluation.seconds * 1e3:.4g} ms, gap {gap:.2%}"
-
-
-def _solve_layers(
-    problem: Problem,
-    layers: list[int],
-    capacity: npt.NDArray[np.int64],
-    gap: float,
-    time_limit_s: float,
-    seed: int,
-) -> tuple[dict[int, LayerSolution], float]:
-    """Solve some layers as one program; return them and a proven bound on their sum."""
-    terms = {layer: layer_terms(problem, layer) for layer in layers}
-    starts = {layer: best_start(terms[layer], capacity[layer], seed) for layer in layers}
-    found_by = {layer: name for layer, (name, _) in starts.items()}
-    placements = {layer: placement for layer, (_, placement) in starts.items()}
-    floor = sum(layer_terms.floor_s for layer_terms in terms.values())
-    cost = sum(terms[layer].seconds(placements[layer]) for layer in terms)
-    bound = floor
-    if cost > floor * (1 + _OPTIMAL_GAP):
-        result, improved = _run_program(problem, terms, placements, gap, time_limit_s, seed)
-        bound = max(floor, min(result, cost))
-        if improved is not None:
-            placements = improved
-            found_by = dict.fromkeys(terms, "integer program")
-            cost = sum(terms[layer].seconds(placements[layer]) for layer in terms)
-    # A bound on the sum is one layer's own bound only when it is alone.
-    bounds = {layer: bound if len(layers) == 1 else terms[layer].floor_s for layer in layers}
-    solutions = {
-        layer: _layer_solution(
-            problem,
-            layer,
-            terms[layer],
-            placements[layer],
-            found_by[layer],
-            bounds[layer],
-            capacity[layer],
-        )
-        for layer in layers
-    }
-    return solutions, min(bound, cost)
-
-
-def _run_program(
-    problem: Problem,
-    terms: dict[int, LayerTerms],
-    start: dict[int, Placement],
-    gap: float,
-    time_limit_s: float,
-    seed: int,
-) -> tuple[float, dict[int, Placement] | None]:
-    """Return the program's bound in seconds, and its placements where they beat the start."""
-    program = build_program(problem, terms)
-    result: SolverResult = solve(
-        program.lp,
-        start=program.start_from(start),
-        gap=gap,
-        time_limit_s=time_limit_s,
-        seed=seed,
-    )
-    if result.status == "infeasible":
-        raise EpplanError("HiGHS calls a program infeasible that has a known feasible start")
-    bound = result.bound / MICROSECONDS + program.constant_s
-    if not result.values:
-        return bound, None
-    placements = program.placements(result.values)
-    before = sum(terms[layer].seconds(start[layer]) for layer in terms)
-    after = sum(terms[layer].seconds(placements[layer]) for layer in terms)
-    return bound, placements if after < before * (1 - 1e-9) else None
+    return "feasible" if reached <= wanted + OPTIMAL_GAP else "limit"
 
 
 def _layer_solution(
-    problem: Problem,
-    layer: int,
-    terms: LayerTerms,
-    placement: Placement,
-    found_by: str,
-    bound_s: float,
-    capacity: npt.NDArray[np.int64],
+    problem: Problem, layer: int, best: LayerPlacement, capacity: Capacity
 ) -> LayerSolution:
-    evaluation = evaluate_layer(problem, layer, placement)
-    linear = terms.seconds(placement)
-    if abs(evaluation.seconds - linear) > _AGREEMENT * linear:
+    evaluation = evaluate_layer(problem, layer, best.placement)
+    if abs(evaluation.seconds - best.seconds) > _AGREEMENT * best.seconds:
         raise EpplanError(
             f"layer {layer}: the evaluator prices the placement at {evaluation.seconds} s, the "
-            f"program at {linear} s"
+            f"program at {best.seconds} s"
         )
-    in_order = contiguous(len(placement), capacity)
+    in_order = contiguous(len(best.placement), capacity)
     return LayerSolution(
-        placement=placement,
+        placement=best.placement,
         evaluation=evaluation,
-        bound_s=min(evaluation.seconds, bound_s),
+        bound_s=min(evaluation.seconds, best.bound_s),
         contiguous_s=evaluate_layer(problem, layer, in_order).seconds,
-        found_by=found_by,
-        floor_s=terms.floor_s,
+        found_by=best.found_by,
+        floor_s=best.floor_s,
     )

@@ -1,8 +1,11 @@
-"""A layer's cost in linear form, which both the integer program and the search work on.
+"""A layer's cost in dense linear form, on which search and integer program work.
 
-Every phase is a maximum over rows, every row a sum over experts of what the expert adds to it on
-the GPU where it sits: phase = max over rows of  sum over e of  row[e, gpu of e].  The evaluator in
-`cost` does not use this form; the two are compared after every solve.
+    phase = max over rows of  sum over experts e of  row[e, cell of e]   and >= alone[e, cell of e]
+
+A cell is where an expert can be put: a GPU, or several (a host, or the GPUs that share a NIC). The
+form on larger cells is a relaxation of the one on GPUs (what an expert adds to a row anywhere in
+the cell is at least its minimum there), so a bound on it is a bound on the real problem. The
+evaluator in `cost` does not use these forms; the two are compared after every solve.
 """
 
 from dataclasses import dataclass
@@ -10,12 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from epplan.topologies.hardware import hardware
-
 from .cost import Placement
-from .problem import Problem
-
-Floats = npt.NDArray[np.float64]
+from .rows import Floats, Ints, LayerRows, PhaseRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,109 +22,194 @@ class PhaseTerms:
     """One maximum of the objective.
 
     Attributes:
-        name: dispatch, compute, combine, or the latency of one of them.
-        rows: seconds that expert e adds to a row on GPU g, [rows, experts, gpus].
-        floor_s: no placement makes the phase shorter: the largest row value that some expert
-            causes alone wherever it sits.
+        name: the phase.
+        weight: how often it counts.
+        rows: seconds that expert e adds to a row in cell c, [rows, experts, cells].
+        alone: the phase lasts at least this long with expert e in cell c, [experts, cells].
     """
 
     name: str
+    weight: float
     rows: Floats
-    floor_s: float
+    alone: Floats
+
+    @property
+    def floor_s(self) -> float:
+        """No placement makes it shorter: the expert that costs most where it costs least."""
+        return float(self.alone.min(axis=1).max())
+
+    def seconds(self, placement: Placement) -> float:
+        """Return the phase's duration for cells of experts, [experts]."""
+        experts = np.arange(len(placement))
+        load = self.rows[:, experts, placement].sum(axis=1).max(initial=0.0)
+        return max(float(load), float(self.alone[experts, placement].max()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTerms:
-    """Objective of one layer: the sum of its phases and a constant, in seconds."""
+    """Objective of one layer: its weighted phases and a constant, in seconds."""
 
     phases: tuple[PhaseTerms, ...]
     constant_s: float
 
     @property
+    def num_experts(self) -> int:
+        """Experts to place."""
+        return len(self.phases[0].alone)
+
+    @property
     def floor_s(self) -> float:
         """A lower bound on any placement, from single experts."""
-        return self.constant_s + sum(phase.floor_s for phase in self.phases)
+        return self.constant_s + sum(phase.weight * phase.floor_s for phase in self.phases)
 
     def seconds(self, placement: Placement) -> float:
         """Return the cost of a placement, [experts]."""
-        experts = np.arange(len(placement))
-        total = sum(phase.rows[:, experts, placement].sum(axis=1).max() for phase in self.phases)
-        return float(total + self.constant_s)
+        return self.constant_s + sum(
+            phase.weight * phase.seconds(placement) for phase in self.phases
+        )
 
 
-def layer_terms(problem: Problem, layer: int) -> LayerTerms:
-    """Return the linear form of one layer."""
-    routes, counts = problem.routes, problem.counts[layer]  # [ranks, experts]
-    outward = counts * problem.model.row_bytes
-    sources, destinations = routes.sources.toarray(), routes.destinations.toarray()  # [flows, gpus]
-    transfers = {
-        # dispatch: from home ranks s to the expert's g;  combine: from g back to s
-        "dispatch": _resource_rows(problem, sources @ outward, destinations),
-        "combine": _resource_rows(problem, destinations @ outward, sources),
-    }
-    phases = [_phase("compute", _compute_rows(problem, counts))]
-    constant = 0.0
-    for name, rows in transfers.items() if routes.resources else ():
-        phases.append(_phase(name, rows))
-        to_expert = routes.latency_s if name == "dispatch" else routes.latency_s.T
-        latency = _latency_rows(to_expert, counts)
-        constant += hardware().latency["base"]
-        if np.ptp(latency):
-            phases.append(_phase(f"{name} latency", _one_row_per_expert(latency)))
-        else:
-            constant += float(latency.flat[0])
-    return LayerTerms(phases=tuple(phases), constant_s=constant)
+def gpu_terms(layer: LayerRows) -> LayerTerms:
+    """Return the exact form: cells are GPUs."""
+    phases = []
+    for phase in layer.phases:
+        rows = np.repeat(phase.base[:, :, None], phase.alone.shape[1], axis=2)
+        rows[phase.pair_row, :, phase.pair_gpu] += phase.extra
+        phases.append(_phase(phase, rows, phase.alone))
+    return LayerTerms(phases=tuple(phases), constant_s=layer.constant_s)
 
 
-def _resource_rows(problem: Problem, per_expert: Floats, at_gpu: Floats) -> Floats:
-    """Return seconds per resource, [resources, experts, gpus].
+def cell_terms(layer: LayerRows, cell_of_gpu: Ints) -> LayerTerms:
+    """Return the relaxed form, with the cells of `cell_of_gpu` [gpus].
+
+    Rows that only GPUs of one cell load (their own ports) are averaged over the cell by capacity:
+    the worst of them is at least their mean.
+    """
+    num_cells = int(cell_of_gpu.max()) + 1
+    phases = []
+    for phase in layer.phases:
+        local, host = _local_rows(phase, cell_of_gpu)
+        rows = np.concatenate(
+            [
+                _least_in_cell(phase, np.flatnonzero(~local), cell_of_gpu, num_cells),
+                _averaged(phase, local, host, cell_of_gpu, num_cells),
+            ]
+        )
+        alone = np.full((phase.alone.shape[0], num_cells), np.inf)
+        np.minimum.at(alone.T, cell_of_gpu, phase.alone.T)
+        phases.append(_phase(phase, rows, alone))
+    return LayerTerms(phases=tuple(phases), constant_s=layer.constant_s)
+
+
+def inner_terms(
+    layer: LayerRows, cell_of_gpu: Ints, cell: int, experts: Ints, at_least: list[float]
+) -> LayerTerms:
+    """Return the form inside one cell, for its experts: its GPUs, in order, are the cells here.
 
     Args:
-        problem: the problem.
-        per_expert: bytes of an expert in a flow if it sat at its far end, [flows, experts].
-        at_gpu: weight of every GPU as that far end, [flows, gpus].
+        layer: the layer's rows.
+        cell_of_gpu: cell numbers, [gpus].
+        cell: the cell.
+        experts: experts in it.
+        at_least: duration of every phase by rows of no single cell: nothing shorter counts.
     """
-    routes = problem.routes
-    rows = np.zeros((len(routes.resources), per_expert.shape[1], at_gpu.shape[1]))
-    for flow, resource in enumerate(routes.resource_of_flow):
-        rows[resource] += np.outer(per_expert[flow], at_gpu[flow])
-    return rows / routes.capacity[:, None, None]
+    gpus = np.flatnonzero(cell_of_gpu == cell)
+    place_of_gpu = np.full(len(cell_of_gpu), -1)
+    place_of_gpu[gpus] = np.arange(len(gpus))
+    phases = []
+    for phase, floor in zip(layer.phases, at_least, strict=True):
+        _, cell_of_row = _local_rows(phase, cell_of_gpu)
+        pairs = np.flatnonzero(cell_of_row[phase.pair_row] == cell)
+        used, row = np.unique(phase.pair_row[pairs], return_inverse=True)
+        rows = np.zeros((len(used), len(experts), len(gpus)))
+        rows[row, :, place_of_gpu[phase.pair_gpu[pairs]]] = phase.extra[np.ix_(pairs, experts)]
+        alone = np.maximum(phase.alone[np.ix_(experts, gpus)], floor)
+        phases.append(PhaseTerms(name=phase.name, weight=phase.weight, rows=rows, alone=alone))
+    return LayerTerms(phases=tuple(phases), constant_s=0.0)
 
 
-def _compute_rows(problem: Problem, counts: Floats) -> Floats:
-    """Return seconds per GPU, of arithmetic and then of reading weights, [2 gpus, e, gpus]."""
-    model, own = problem.model, np.eye(problem.num_ranks)[:, None, :]  # row g counts only GPU g
-    arithmetic = (counts.sum(axis=0) * model.expert_flops_per_row)[
-        None, :, None
-    ] / problem.flops_per_s
-    reading = np.full_like(arithmetic, 1.0) * (model.expert_bytes / problem.hbm_bytes_per_s)
-    return np.concatenate([arithmetic * own, reading * own])
+def common_seconds(layer: LayerRows, cell_of_gpu: Ints, placement: Placement) -> list[float]:
+    """Return every phase's duration by the rows that no single cell owns, for ranks of experts."""
+    durations = []
+    for phase in layer.phases:
+        local, _ = _local_rows(phase, cell_of_gpu)
+        durations.append(float(phase.load(placement)[~local].max(initial=0.0)))
+    return durations
 
 
-def _latency_rows(latency: Floats, counts: Floats) -> Floats:
-    """Return the longest latency an expert causes on a GPU, [experts, gpus]; 0 without traffic."""
-    sends = counts > 0  # [ranks, experts]
-    longest: Floats = np.where(sends[:, :, None], latency[:, None, :], 0.0).max(axis=0)
-    return longest
+def _local_rows(phase: PhaseRows, cell_of_gpu: Ints) -> tuple[npt.NDArray[np.bool_], Ints]:
+    """Tell which rows depend on where in one cell an expert sits, and that cell (else -1), [rows].
+
+    A row that all GPUs of a cell load alike is none of them: knowing the cell is enough for it.
+    """
+    num_rows = len(phase.base)
+    cell = cell_of_gpu[phase.pair_gpu]
+    first, last = np.full(num_rows, len(cell_of_gpu)), np.full(num_rows, -1)
+    np.minimum.at(first, phase.pair_row, cell)
+    np.maximum.at(last, phase.pair_row, cell)
+    least, most = np.full_like(phase.base, np.inf), np.full_like(phase.base, -np.inf)
+    np.minimum.at(least, phase.pair_row, phase.extra)
+    np.maximum.at(most, phase.pair_row, phase.extra)
+    whole = np.bincount(cell_of_gpu)[np.where(last < 0, 0, last)]
+    alike = (least == most).all(axis=1) & (np.bincount(phase.pair_row, minlength=num_rows) == whole)
+    local = (first == last) & ~alike & ~phase.base.any(axis=1)
+    return local, np.where(local, first, -1)
 
 
-def _one_row_per_expert(latency: Floats) -> Floats:
-    return np.eye(len(latency))[:, :, None] * latency[None]
+def _least_in_cell(phase: PhaseRows, rows: Ints, cell_of_gpu: Ints, num_cells: int) -> Floats:
+    """Return the least that an expert adds to each row anywhere in a cell, [rows, e, cells]."""
+    place = np.full(len(phase.base), -1)
+    place[rows] = np.arange(len(rows))
+    chosen = np.flatnonzero(place[phase.pair_row] >= 0)
+    row, cell = place[phase.pair_row[chosen]], cell_of_gpu[phase.pair_gpu[chosen]]
+    # A GPU without a pair adds nothing on top of the base, so the least of a cell that has one is
+    # at most the base.
+    least = np.full((len(rows), num_cells, phase.base.shape[1]), np.inf)
+    np.minimum.at(least, (row, cell), phase.extra[chosen])
+    count = np.zeros((len(rows), num_cells))
+    np.add.at(count, (row, cell), 1)
+    partial = count < np.bincount(cell_of_gpu, minlength=num_cells)
+    least[partial] = np.minimum(least[partial], 0.0)
+    total: Floats = phase.base[rows][:, :, None] + least.transpose(0, 2, 1)
+    return total
 
 
-def _phase(name: str, rows: Floats) -> PhaseTerms:
-    rows = _undominated(rows)
-    alone = rows.max(axis=0)  # worst row if the expert were the only one, [experts, gpus]
-    return PhaseTerms(name=name, rows=rows, floor_s=float(alone.min(axis=1).max()))
+def _averaged(
+    phase: PhaseRows,
+    local: npt.NDArray[np.bool_],
+    cell_of_row: Ints,
+    cell_of_gpu: Ints,
+    num_cells: int,
+) -> Floats:
+    """Return rows of one kind in one cell as their mean, weighed by capacity, [means, e, cells]."""
+    kinds: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    gpus_of_row = np.bincount(phase.pair_row, minlength=len(local))
+    for row in np.flatnonzero(local).tolist():
+        # Rows of one kind have as many GPUs and the same order of capacity.
+        kind = (int(gpus_of_row[row]), round(np.log2(phase.capacity[row])))
+        kinds.setdefault((int(cell_of_row[row]), kind), []).append(row)
+    means = np.zeros((len(kinds), phase.base.shape[1], num_cells))
+    for number, ((cell, _), rows) in enumerate(kinds.items()):
+        weight = phase.capacity[rows] / phase.capacity[rows].sum()
+        gpus = np.flatnonzero(cell_of_gpu == cell)
+        total = np.zeros((len(cell_of_gpu), phase.base.shape[1]))
+        for row, share in zip(rows, weight, strict=True):
+            pairs = np.flatnonzero(phase.pair_row == row)
+            total[phase.pair_gpu[pairs]] += share * phase.extra[pairs]
+        means[number, :, cell] = total[gpus].min(axis=0)
+    return means
+
+
+def _phase(phase: PhaseRows, rows: Floats, alone: Floats) -> PhaseTerms:
+    return PhaseTerms(name=phase.name, weight=phase.weight, rows=_undominated(rows), alone=alone)
 
 
 def _undominated(rows: Floats) -> Floats:
-    """Drop rows that another row is never below: a NIC hides the faster PCIe link behind it."""
-    flat = rows.reshape(len(rows), -1)
-    scale = flat.max(axis=1)
-    order = np.argsort(-scale, kind="stable")
+    """Drop rows of zeros, and rows that are a smaller multiple of another."""
+    flat = rows.reshape(len(rows), rows.shape[1] * rows.shape[2])
+    scale = flat.max(axis=1, initial=0.0)
     kept: dict[bytes, int] = {}
-    for row in order:
+    for row in np.argsort(-scale, kind="stable").tolist():
         if scale[row] > 0:
-            kept.setdefault(np.round(flat[row] / scale[row], 9).tobytes(), int(row))
-    return rows[sorted(kept.values())] if kept else rows[:1]
+            kept.setdefault(np.round(flat[row] / scale[row], 9).tobytes(), row)
+    return rows[sorted(kept.values())]

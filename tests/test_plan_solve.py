@@ -12,9 +12,10 @@ from epplan.planner.cost import evaluate_layer
 from epplan.planner.highs import solve as run_highs
 from epplan.planner.problem import Problem, choose_group, even_capacity, make_problem
 from epplan.planner.program import build_program
+from epplan.planner.rows import RowBuilder
 from epplan.planner.search import best_start, contiguous
 from epplan.planner.solve import Solution, solve_placement
-from epplan.planner.terms import layer_terms
+from epplan.planner.terms import cell_terms, gpu_terms
 from epplan.planner.traffic import make_traffic
 from epplan.topologies.sources import load_cluster
 from tests.tiny import (
@@ -82,25 +83,35 @@ def test_bound_and_objective_hold_the_optimum_between_them(
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10_000), gpus=st.sampled_from([(2, 2), (3, 1), (1, 1, 2)]))
-def test_linear_form_prices_like_the_evaluator(seed: int, gpus: tuple[int, ...]) -> None:
-    problem = tiny_problem(
-        random_counts(seed, 1, 4, 4), cluster=tiny_cluster(gpus), experts_per_gpu=2
-    )
-    terms = layer_terms(problem, 0)
+@given(
+    seed=st.integers(0, 10_000),
+    gpus=st.sampled_from([(2, 2), (3, 1), (1, 1, 2), (4,)]),
+    nics=st.integers(1, 2),
+    leafs=st.integers(1, 2),
+)
+def test_linear_forms_price_like_the_evaluator(
+    seed: int, gpus: tuple[int, ...], nics: int, leafs: int
+) -> None:
+    cluster = tiny_cluster(gpus, nics=nics, leafs=leafs)
+    problem = tiny_problem(random_counts(seed, 1, 4, 4), cluster=cluster, experts_per_gpu=2)
+    builder = RowBuilder(problem)
+    rows, cells = builder.layer(0), builder.cells()
+    exact, relaxed = gpu_terms(rows), cell_terms(rows, cells)
     for placement in all_placements(problem)[::7]:
         seconds = evaluate_layer(problem, 0, placement).seconds
-        assert terms.seconds(placement) == pytest.approx(seconds, rel=1e-9)
-        assert terms.floor_s <= seconds * (1 + 1e-9)
+        assert exact.seconds(placement) == pytest.approx(seconds, rel=1e-9)
+        assert rows.seconds(placement) == pytest.approx(seconds, rel=1e-9)
+        assert relaxed.seconds(cells[placement]) <= seconds * (1 + 1e-9)
+        assert max(exact.floor_s, rows.floor_s, relaxed.floor_s) <= seconds * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("experts_per_gpu", [1, 2])
 def test_integer_program_alone_finds_the_optimum(experts_per_gpu: int) -> None:
     """The search often meets the optimum first; here the program starts from the worst."""
     problem = tiny_problem(random_counts(5, 1, 4, 4), experts_per_gpu=experts_per_gpu)
-    terms = layer_terms(problem, 0)
+    terms = gpu_terms(RowBuilder(problem).layer(0))
     worst = max(all_placements(problem), key=terms.seconds)
-    program = build_program(problem, {0: terms})
+    program = build_program({0: terms}, np.full(4, experts_per_gpu))
     result = run_highs(
         program.lp, start=program.start_from({0: worst}), gap=0.0, time_limit_s=60, seed=0
     )
@@ -174,7 +185,7 @@ def test_time_limit_is_not_called_optimal() -> None:
 
 def test_search_keeps_capacity_and_never_loses_to_contiguous() -> None:
     problem = tiny_problem(random_counts(4, 1, 4, 6), experts_per_gpu=2)
-    terms, capacity = layer_terms(problem, 0), np.array([2, 1, 2, 2])
+    terms, capacity = gpu_terms(RowBuilder(problem).layer(0)), np.array([2, 1, 2, 2])
     _, placement = best_start(terms, capacity, seed=0)
     assert (np.bincount(placement, minlength=4) <= capacity).all()
     assert terms.seconds(placement) <= terms.seconds(contiguous(6, capacity))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from epplan.planner.plan import Plan
 
 LIMIT_WITH_PLAN = 4
+INTERRUPTED = 130
 
 
 @click.command()
@@ -80,7 +81,7 @@ def solve(output: Path, as_json: bool, **options: Any) -> int:
     if not output.absolute().parent.is_dir():
         raise InputError(f"{output} cannot be written: folder {output.parent} does not exist")
     try:
-        plan = _solve(**options)
+        plan, interrupted = _solve(**options)
     except InfeasibleError as error:
         if as_json:
             print_json(_infeasible(error))
@@ -91,6 +92,9 @@ def solve(output: Path, as_json: bool, **options: Any) -> int:
     else:
         print_tables(explain(plan))
         talk(f"wrote {output} (sha256 {plan.sha256()[:12]})")
+    if interrupted:
+        talk("interrupted: the plan is the best found by then, with its true gap")
+        return INTERRUPTED
     return LIMIT_WITH_PLAN if plan.certificate.status == "limit" else 0
 
 
@@ -109,7 +113,8 @@ def _solve(
     gap: float,
     time_limit: float,
     seed: int,
-) -> "Plan":
+) -> "tuple[Plan, bool]":
+    """Return the plan, and whether Ctrl-C ended the search for a better one."""
     from epplan.output import talk
     from epplan.planner.assemble import assemble_plan
     from epplan.planner.model import load_model
@@ -130,7 +135,8 @@ def _solve(
         seed=seed,
         progress=talk if sys.stderr.isatty() else lambda line: None,
     )
-    return assemble_plan(
+    reasons = [reason, *(["stopped by Ctrl-C"] if solution.interrupted else [])]
+    plan = assemble_plan(
         cluster=cluster,
         problem=problem,
         traffic=traffic,
@@ -139,8 +145,9 @@ def _solve(
         model_source=model,
         seed=seed,
         command=shlex.join(["epplan", *sys.argv[1:]]),
-        reasons=[reason],
+        reasons=reasons,
     )
+    return plan, solution.interrupted
 
 
 def _result(plan: "Plan", output: Path) -> dict[str, Any]:

@@ -1,0 +1,196 @@
+"""One layer, by topology level: hosts first, then GPUs inside each host, then proof.
+
+GPUs of a host are nearly interchangeable, and that symmetry is what an integer program over all
+GPUs drowns in. So:
+
+    1  search and integer program over hosts, or the GPUs of a host that share a NIC (a relaxation:
+       its bound is a bound on the real thing)
+    2  every such cell's experts on its GPUs, by greedy and swaps on the exact rows
+    3  only for small groups, and only if the gap is still too wide: the program over GPUs
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from epplan.errors import EpplanError
+
+from .cost import Placement
+from .highs import solve
+from .program import MICROSECONDS, build_program
+from .rows import Ints, LayerRows
+from .search import best_start, contiguous, descend, greedy
+from .terms import LayerTerms, cell_terms, common_seconds, gpu_terms, inner_terms
+
+OPTIMAL_GAP = 1e-6  # HiGHS's own feasibility tolerance: a smaller gap means nothing
+_FLAT_SIZE = 2048  # experts x GPUs up to which the program over GPUs is tried
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlacement:
+    """A placement and what is proven about it.
+
+    Attributes:
+        placement: rank of every expert.
+        seconds: its cost by the linear form.
+        bound_s: no placement of this layer costs less.
+        found_by: how it was found.
+        floor_s: the part of the bound that single experts cause wherever they sit.
+    """
+
+    placement: Placement
+    seconds: float
+    bound_s: float
+    found_by: str
+    floor_s: float
+
+    def is_done(self, gap: float) -> bool:
+        """Whether the gap is closed that far."""
+        return self.seconds - self.bound_s <= max(gap, OPTIMAL_GAP) * self.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How far to go: relative gap, wall-clock deadline (time.monotonic), seed."""
+
+    gap: float
+    deadline: float
+    seed: int
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return max(0.0, self.deadline - time.monotonic())
+
+
+class _Layer:
+    """The best placement and bound of one layer so far."""
+
+    def __init__(
+        self,
+        rows: LayerRows,
+        cell_of_gpu: Ints,
+        capacity: npt.NDArray[np.int64],
+        best: LayerPlacement,
+    ) -> None:
+        self.rows = rows
+        self.cell_of_gpu = cell_of_gpu
+        self.capacity = capacity
+        self.best = best
+
+    def offer(self, placement: Placement, found_by: str) -> None:
+        """Take a placement if it is better."""
+        seconds = self.rows.seconds(placement)
+        if seconds < self.best.seconds * (1 - 1e-9):
+            self.best = replace(self.best, placement=placement, seconds=seconds, found_by=found_by)
+
+    def prove(self, bound_s: float) -> None:
+        """Take a lower bound if it is higher."""
+        bound_s = min(max(self.best.bound_s, bound_s), self.best.seconds)
+        self.best = replace(self.best, bound_s=bound_s)
+
+
+Task = tuple[LayerRows, Ints, npt.NDArray[np.int64], LayerPlacement]
+
+
+def in_id_order(rows: LayerRows, capacity: npt.NDArray[np.int64]) -> LayerPlacement:
+    """Return the placement to start from: experts in id order, [gpus] capacity kept."""
+    placement = contiguous(rows.num_experts, capacity)
+    return LayerPlacement(
+        placement=placement,
+        seconds=rows.seconds(placement),
+        bound_s=rows.floor_s,
+        found_by="contiguous",
+        floor_s=rows.floor_s,
+    )
+
+
+def place_layer(task: Task, effort: Effort) -> LayerPlacement:
+    """Return a placement of one layer with a proven bound.
+
+    Args:
+        task: the layer's rows, `RowBuilder.cells`, most experts on every GPU [gpus], and the
+            placement to start from.
+        effort: when to stop.
+    """
+    layer = _Layer(*task)
+    _search(layer, effort)
+    if not layer.best.is_done(effort.gap) and layer.cell_of_gpu.max():
+        _by_cells(layer, effort)
+    one_cell = not layer.cell_of_gpu.max()
+    if not layer.best.is_done(effort.gap) and (_is_small(layer) or one_cell):
+        terms = gpu_terms(layer.rows)
+        placement, bound_s = run_program(terms, layer.capacity, layer.best.placement, effort)
+        layer.offer(placement, "integer program over GPUs")
+        layer.prove(bound_s)
+    return layer.best
+
+
+def _search(layer: _Layer, effort: Effort) -> None:
+    """Improve the placement without the solver, over cells and, if few, over GPUs."""
+    if not layer.best.is_done(0.0) and layer.cell_of_gpu.max():
+        terms = cell_terms(layer.rows, layer.cell_of_gpu)
+        layer.prove(terms.floor_s)
+        name, cells = best_start(terms, _room(layer), effort.seed, shuffles=0)
+        layer.offer(_fill_cells(layer, cells), f"{name} over hosts")
+    if not layer.best.is_done(0.0) and _is_small(layer):
+        name, placement = best_start(gpu_terms(layer.rows), layer.capacity, effort.seed)
+        layer.offer(placement, name)
+
+
+def _is_small(layer: _Layer) -> bool:
+    return layer.rows.num_experts * len(layer.capacity) <= _FLAT_SIZE
+
+
+def _room(layer: _Layer) -> npt.NDArray[np.int64]:
+    """Return most experts in every cell, [cells]."""
+    return np.bincount(layer.cell_of_gpu, weights=layer.capacity).astype(np.int64)
+
+
+def _by_cells(layer: _Layer, effort: Effort) -> None:
+    """Improve placement and bound by the program over cells."""
+    terms = cell_terms(layer.rows, layer.cell_of_gpu)
+    start = layer.cell_of_gpu[layer.best.placement]
+    # Half the gap is left for what the GPUs inside a cell add.
+    half = replace(effort, gap=effort.gap / 2)
+    cells, bound_s = run_program(terms, _room(layer), start, half)
+    layer.offer(_fill_cells(layer, cells), "integer program over hosts")
+    layer.prove(bound_s)
+
+
+def _fill_cells(layer: _Layer, cells: Placement) -> Placement:
+    """Return ranks for experts whose cells are given: each cell by greedy and swaps."""
+    placement = np.zeros(len(cells), dtype=np.intp)
+    members = [np.flatnonzero(layer.cell_of_gpu == cell) for cell in range(cells.max() + 1)]
+    for cell, gpus in enumerate(members):
+        placement[cells == cell] = gpus[0]
+    at_least = common_seconds(layer.rows, layer.cell_of_gpu, placement)
+    for cell, gpus in enumerate(members):
+        experts = np.flatnonzero(cells == cell)
+        if experts.size:
+            terms = inner_terms(layer.rows, layer.cell_of_gpu, cell, experts, at_least)
+            capacity = layer.capacity[gpus]
+            places = descend(terms, greedy(terms, capacity), capacity)
+            placement[experts] = gpus[places]
+    return placement
+
+
+def run_program(
+    terms: LayerTerms, capacity: npt.NDArray[np.int64], start: Placement, effort: Effort
+) -> tuple[Placement, float]:
+    """Return the best placement of the integer program from `start`, and its bound in seconds."""
+    program = build_program({0: terms}, capacity)
+    result = solve(
+        program.lp,
+        start=program.start_from({0: start}),
+        gap=effort.gap,
+        time_limit_s=effort.left_s,
+        seed=effort.seed,
+    )
+    if result.status == "infeasible":
+        raise EpplanError("HiGHS calls a program infeasible that has a known feasible start")
+    bound = result.bound / MICROSECONDS + program.constant_s
+    found = program.placements(result.values)[0] if result.values else start
+    return found, bound

@@ -1,0 +1,348 @@
+"""What every placement loads, in sparse form: the linear rows behind the worst resource.
+
+A row is a resource's time. What expert e adds to row r on GPU g is the same for almost all g: a
+NIC's outgoing row grows by e's traffic wherever e sits, except on the NIC's own host. So a row is
+
+    base[r, e]  everywhere,  plus  extra[p, e]  on the few GPUs g of its pairs p = (r, g)
+
+and a placement's load is  sum over e of base[r, e] + sum over pairs (r, gpu of e) of extra[p, e].
+The structure depends on the routes only and is found once; a layer's traffic gives the values.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+
+from epplan.topologies.hardware import hardware
+from epplan.topologies.routes import Routes
+
+from .cost import Placement
+from .problem import Problem
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseRows:
+    """One phase of one layer: the maximum over its rows, and over what single experts cause.
+
+    Attributes:
+        name: dispatch, compute, combine, or the latency of one of them.
+        weight: how often the phase counts (2 where combine is the mirror of dispatch).
+        base: seconds, [rows, experts].
+        pair_row: row of every pair, [pairs].
+        pair_gpu: GPU of every pair, [pairs].
+        extra: seconds on top of base, [pairs, experts].
+        capacity: of every row, to weigh rows that are added up, [rows].
+        alone: the phase lasts at least this long when expert e sits on GPU g, [experts, gpus].
+    """
+
+    name: str
+    weight: float
+    base: Floats
+    pair_row: Ints
+    pair_gpu: Ints
+    extra: Floats
+    capacity: Floats
+    alone: Floats
+
+    @property
+    def floor_s(self) -> float:
+        """No placement makes the phase shorter: the expert that costs most where it costs least."""
+        return float(self.alone.min(axis=1).max())
+
+    def load(self, placement: Placement) -> Floats:
+        """Return every row's seconds for ranks of experts, [rows]."""
+        load: Floats = self.base.sum(axis=1)
+        pair, expert = np.nonzero(self.pair_gpu[:, None] == placement[None, :])
+        np.add.at(load, self.pair_row[pair], self.extra[pair, expert])
+        return load
+
+    def seconds(self, placement: Placement) -> float:
+        """Return the phase's duration for ranks of experts, [experts]."""
+        alone = self.alone[np.arange(len(placement)), placement].max()
+        return max(float(self.load(placement).max(initial=0.0)), float(alone))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRows:
+    """All phases of one layer, and the seconds that no placement changes."""
+
+    phases: tuple[PhaseRows, ...]
+    constant_s: float
+
+    @property
+    def num_experts(self) -> int:
+        """Experts to place."""
+        return len(self.phases[0].alone)
+
+    @property
+    def floor_s(self) -> float:
+        """A lower bound on any placement, from single experts."""
+        return self.constant_s + sum(phase.weight * phase.floor_s for phase in self.phases)
+
+    def seconds(self, placement: Placement) -> float:
+        """Return the cost of a placement, [experts]."""
+        durations = (phase.weight * phase.seconds(placement) for phase in self.phases)
+        return self.constant_s + sum(durations)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Structure:
+    """The rows of one direction, before any traffic.
+
+    Values are `matrix @ per_flow`, where per_flow [flows, experts] is what an expert sends through
+    a flow if it sits at the flow's far end.
+    """
+
+    base: csr_array  # [rows, flows], 1 / capacity
+    pairs: csr_array  # [pairs, flows]
+    pair_row: Ints
+    pair_gpu: Ints
+    capacity: Floats
+
+
+class RowBuilder:
+    """Builds the rows of any layer of a problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        routes = problem.routes
+        kept = _distinct_resources(routes)
+        # dispatch: home ranks are a flow's sources, the expert's GPU its destination; combine: the
+        # other way round.
+        self._dispatch = _structure(routes, kept, routes.destinations)
+        self._combine = _structure(routes, kept, routes.sources)
+
+    def cells(self) -> Ints:
+        """Return the cell of every GPU, [gpus]: GPUs that are interchangeable but for traffic.
+
+        A cell is a host, or the GPUs of a host that share a NIC where not all have their own: whom
+        an expert shares a NIC with is what a placement over whole hosts would not see.
+        """
+        hosts = [gpu.host for gpu in self._problem.gpus]
+        host_size = {host: hosts.count(host) for host in hosts}
+        sharing: list[list[int]] = [[] for _ in hosts]
+        structure = self._dispatch
+        members: dict[int, list[int]] = defaultdict(list)
+        for row, gpu in zip(structure.pair_row.tolist(), structure.pair_gpu.tolist(), strict=True):
+            members[row].append(gpu)
+        for row, gpus in members.items():
+            if len(gpus) > 1 and 2 * len(gpus) <= host_size[hosts[gpus[0]]]:
+                for gpu in gpus:
+                    sharing[gpu].append(row)
+        keys = [(host, tuple(rows)) for host, rows in zip(hosts, sharing, strict=True)]
+        number = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        return np.array([number[key] for key in keys], dtype=np.intp)
+
+    def layer(self, layer: int) -> LayerRows:
+        """Return the rows of one layer (an ordinal)."""
+        problem = self._problem
+        routes, counts = problem.routes, problem.counts[layer]  # [ranks, experts]
+        phases = [_compute_rows(problem, counts)]
+        constant = 0.0
+        if routes.resources:
+            sent = counts * problem.model.row_bytes
+            dispatch = _transfer_rows("dispatch", self._dispatch, routes.sources @ sent, counts)
+            combine = _transfer_rows("combine", self._combine, routes.destinations @ sent, counts)
+            if _mirrored(dispatch, combine):
+                phases.append(_weighted(dispatch, 2.0, "dispatch and combine"))
+            else:
+                phases += [dispatch, combine]
+            for name, latency_s in (
+                ("dispatch", routes.latency_s),
+                ("combine", routes.latency_s.T),
+            ):
+                alone = _longest_latency(latency_s, counts)
+                constant += hardware().latency["base"]
+                if np.ptp(alone):
+                    phases.append(_latency_rows(f"{name} latency", alone))
+                else:
+                    constant += float(alone.flat[0])
+        return LayerRows(phases=tuple(phases), constant_s=constant)
+
+
+def _distinct_resources(routes: Routes) -> list[int]:
+    """Return the resources that can be the worst: of those with equal flows, the slowest.
+
+    The PCIe link, switch and NIC of a GPU with a NIC of its own carry the same bytes.
+    """
+    flows_of: dict[int, list[int]] = defaultdict(list)
+    for flow, resource in enumerate(routes.resource_of_flow.tolist()):
+        flows_of[resource].append(flow)
+    slowest: dict[tuple[bytes, ...], int] = {}
+    for resource, flows in flows_of.items():
+        key = tuple(sorted(_flow_key(routes, flow) for flow in flows))
+        other = slowest.setdefault(key, resource)
+        if routes.capacity[resource] < routes.capacity[other]:
+            slowest[key] = resource
+    return sorted(slowest.values())
+
+
+def _flow_key(routes: Routes, flow: int) -> bytes:
+    parts = []
+    for matrix in (routes.sources, routes.destinations):
+        here = slice(matrix.indptr[flow], matrix.indptr[flow + 1])
+        parts += [matrix.indices[here].tobytes(), matrix.data[here].tobytes()]
+    return b"|".join(parts)
+
+
+def _structure(routes: Routes, kept: list[int], expert_end: csr_array) -> _Structure:
+    """Return the rows of one direction.
+
+    Args:
+        routes: the routes.
+        kept: resources to make rows of.
+        expert_end: weights of the GPUs at the flows' end where experts sit, [flows, gpus].
+    """
+    num_gpus, num_flows = expert_end.shape[1], expert_end.shape[0]
+    flows_of: dict[int, list[int]] = defaultdict(list)
+    for flow, resource in enumerate(routes.resource_of_flow.tolist()):
+        flows_of[resource].append(flow)
+    base: list[tuple[int, int, float]] = []
+    pairs: list[tuple[int, int, float]] = []
+    pair_row: list[int] = []
+    pair_gpu: list[int] = []
+    for row, resource in enumerate(kept):
+        flows = flows_of[resource]
+        weights = expert_end[flows].toarray() / routes.capacity[resource]  # [its flows, gpus]
+        usual = _most_common_column(weights)
+        base += [(row, flow, w) for flow, w in zip(flows, usual, strict=True) if w]
+        for gpu in np.flatnonzero((weights != usual[:, None]).any(axis=0)).tolist():
+            pair = len(pair_row)
+            differences = weights[:, gpu] - usual
+            pairs += [(pair, flow, w) for flow, w in zip(flows, differences, strict=True) if w]
+            pair_row.append(row)
+            pair_gpu.append(gpu)
+    assert num_gpus == len(routes.gpus)
+    return _Structure(
+        base=_sparse(base, (len(kept), num_flows)),
+        pairs=_sparse(pairs, (len(pair_row), num_flows)),
+        pair_row=np.array(pair_row, dtype=np.intp),
+        pair_gpu=np.array(pair_gpu, dtype=np.intp),
+        capacity=routes.capacity[kept],
+    )
+
+
+def _most_common_column(weights: Floats) -> Floats:
+    """Return the column that most GPUs have, [its flows]."""
+    columns, count = np.unique(weights, axis=1, return_counts=True)
+    usual: Floats = columns[:, count.argmax()]
+    return usual
+
+
+def _sparse(entries: list[tuple[int, int, float]], shape: tuple[int, int]) -> csr_array:
+    row = np.array([entry[0] for entry in entries], dtype=np.intp)
+    column = np.array([entry[1] for entry in entries], dtype=np.intp)
+    value = np.array([entry[2] for entry in entries], dtype=np.float64)
+    return csr_array((value, (row, column)), shape=shape)
+
+
+def _transfer_rows(name: str, structure: _Structure, per_flow: Floats, counts: Floats) -> PhaseRows:
+    base, extra = structure.base @ per_flow, structure.pairs @ per_flow
+    return PhaseRows(
+        name=name,
+        weight=1.0,
+        base=base,
+        pair_row=structure.pair_row,
+        pair_gpu=structure.pair_gpu,
+        extra=extra,
+        capacity=structure.capacity,
+        alone=_alone(base, structure.pair_row, structure.pair_gpu, extra, len(counts)),
+    )
+
+
+def _alone(base: Floats, pair_row: Ints, pair_gpu: Ints, extra: Floats, num_gpus: int) -> Floats:
+    """Return the largest row an expert causes on a GPU by itself, [experts, gpus].
+
+    Rows without a pair on the GPU are left out: the result is a lower bound, and tight because an
+    expert's own link carries more of its traffic than any other.
+    """
+    alone = np.zeros((num_gpus, base.shape[1]))
+    np.maximum.at(alone, pair_gpu, base[pair_row] + extra)
+    return alone.T
+
+
+def _compute_rows(problem: Problem, counts: Floats) -> PhaseRows:
+    """Return two rows a GPU: its arithmetic, and reading its experts' weights."""
+    model, gpus = problem.model, np.arange(problem.num_ranks)
+    flops = counts.sum(axis=0) * model.expert_flops_per_row  # [experts]
+    arithmetic = flops / problem.flops_per_s[:, None]  # [gpus, experts]
+    reading = np.broadcast_to(
+        model.expert_bytes / problem.hbm_bytes_per_s[:, None], arithmetic.shape
+    )
+    return PhaseRows(
+        name="compute",
+        weight=1.0,
+        base=np.zeros((2 * len(gpus), len(flops))),
+        pair_row=np.arange(2 * len(gpus)),
+        pair_gpu=np.concatenate([gpus, gpus]),
+        extra=np.concatenate([arithmetic, reading]),
+        capacity=np.concatenate([problem.flops_per_s, problem.hbm_bytes_per_s]),
+        alone=np.maximum(arithmetic, reading).T,
+    )
+
+
+def _latency_rows(name: str, alone: Floats) -> PhaseRows:
+    num_experts = len(alone)
+    nothing = np.zeros(0, dtype=np.intp)
+    return PhaseRows(
+        name=name,
+        weight=1.0,
+        base=np.zeros((0, num_experts)),
+        pair_row=nothing,
+        pair_gpu=nothing,
+        extra=np.zeros((0, num_experts)),
+        capacity=np.zeros(0),
+        alone=alone,
+    )
+
+
+def _longest_latency(latency_s: Floats, counts: Floats) -> Floats:
+    """Return the longest path an expert's traffic takes on a GPU, [experts, gpus]."""
+    longest = np.zeros((counts.shape[1], latency_s.shape[1]))
+    for rank, row in enumerate(counts):  # [experts]
+        np.maximum(longest, np.where(row[:, None] > 0, latency_s[rank], 0.0), out=longest)
+    return longest
+
+
+def _mirrored(dispatch: PhaseRows, combine: PhaseRows) -> bool:
+    """Tell whether combine has the rows of dispatch, in any order: then one stands for both.
+
+    Links that are as fast in both directions make it so. Rows are matched by their effect on a
+    few random fractional placements, which different rows do not share.
+    """
+    if dispatch.base.shape != combine.base.shape:
+        return False
+    random = np.random.default_rng(0)
+    num_gpus = dispatch.alone.shape[1]
+    for _ in range(4):
+        at = random.random((dispatch.base.shape[1], num_gpus))
+        first, second = _fractional_load(dispatch, at), _fractional_load(combine, at)
+        if not np.allclose(np.sort(first), np.sort(second), rtol=1e-9, atol=0):
+            return False
+    return True
+
+
+def _fractional_load(phase: PhaseRows, at: Floats) -> Floats:
+    """Return every row's load when a share at[e, g] of expert e sits on GPU g."""
+    load: Floats = (phase.base * at.sum(axis=1)).sum(axis=1)
+    np.add.at(load, phase.pair_row, (phase.extra * at.T[phase.pair_gpu]).sum(axis=1))
+    return load
+
+
+def _weighted(phase: PhaseRows, weight: float, name: str) -> PhaseRows:
+    return PhaseRows(
+        name=name,
+        weight=weight,
+        base=phase.base,
+        pair_row=phase.pair_row,
+        pair_gpu=phase.pair_gpu,
+        extra=phase.extra,
+        capacity=phase.capacity,
+        alone=phase.alone,
+    )
