@@ -18,9 +18,7 @@ from epplan.topologies.sources import load_cluster
 from tests.tiny import brute_force, random_counts, tiny_cluster, tiny_problem
 
 
-def solve(
-    counts: np.ndarray, *, gap: float = 0.01, limit_s: float = 60, **options: object
-) -> Solution:  # type: ignore[type-arg]
+def solve(counts: Floats, *, gap: float = 0.01, limit_s: float = 60, **options: object) -> Solution:
     problem = tiny_problem(counts, **options)  # type: ignore[arg-type]
     return solve_placement(
         problem, gap=gap, time_limit_s=limit_s, seed=0, progress=lambda line: None

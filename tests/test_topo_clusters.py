@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from epplan.errors import InputError
-from epplan.topologies.cluster_file import expand
 from epplan.topologies.graph import NetworkSwitch, Nic, PcieSwitch
+from epplan.topologies.hostlist import expand
 from epplan.topologies.show import summary
 from epplan.topologies.sources import bundled_clusters, load_cluster
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from epplan.topologies.hardware import hardware
 from epplan.topologies.units import (
     format_bytes,
     format_time,
@@ -45,3 +46,8 @@ def test_numbers_read_well() -> None:
     assert format_bytes(17) == "17 B"
     assert format_time(0.00123) == "1.23 ms"
     assert format_time(0) == "0 s"
+
+
+def test_a_processor_older_than_the_table_gets_its_oldest_row() -> None:
+    assert hardware().numa_bytes_per_s("GenuineIntel", -1) == 6e9
+    assert hardware().numa_bytes_per_s("GenuineIntel", 143) == 22e9

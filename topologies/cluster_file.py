@@ -11,9 +11,12 @@ switches:
   - {names: spine1}
 nvlink_domains:                                        # only when a domain spans hosts
   - {name: rack1, hosts: "tray[01-18]"}
+
+Hosts that were discovered are written out part by part (explicit_hosts.py), transfers that were
+timed are rows of `measured` (measured.py).
 """
 
-import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,9 +25,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from epplan.errors import InputError
 from epplan.files import validate
 
+from .explicit_hosts import (
+    ExplicitHostRecord,
+    LinkRecord,
+    add_explicit,
+    add_links,
+    explicit_problems,
+)
 from .graph import ClusterBuilder, Link, NetworkSwitch, Nic
 from .hardware import Bandwidth, Memory, gpu_profile, hardware
 from .host import HostType, add_host, add_plane
+from .hostlist import expand
+from .measured import MeasuredRecord, apply_measured
+
+MAX_HOSTS = 20_000  # a typing error in a range should not fill the memory
 
 
 class _Record(BaseModel):
@@ -35,10 +49,10 @@ class HostTypeRecord(_Record):
     """One kind of host; `links` and `memory` override the GPU model's."""
 
     gpu: str
-    gpus: int = Field(gt=0)
-    numa_nodes: int = Field(default=1, gt=0)
+    gpus: int = Field(gt=0, le=256)
+    numa_nodes: int = Field(default=1, gt=0, le=256)
     nic: str | None = None
-    nics: int = Field(default=0, ge=0)
+    nics: int = Field(default=0, ge=0, le=256)
     nic_rate: Bandwidth | None = None
     links: int | None = Field(default=None, ge=0)
     memory: Memory | None = None
@@ -80,15 +94,23 @@ class ClusterFile(_Record):
     schema_version: int = Field(ge=1, le=1)
     name: str
     description: str = ""
-    host_types: dict[str, HostTypeRecord]
-    hosts: tuple[HostsRecord, ...] = Field(min_length=1)
+    host_types: dict[str, HostTypeRecord] = {}
+    hosts: tuple[HostsRecord, ...] = ()
     switches: tuple[SwitchesRecord, ...] = ()
     nvlink_domains: tuple[DomainRecord, ...] = ()
+    explicit_hosts: tuple[ExplicitHostRecord, ...] = ()
+    planes: tuple[str, ...] = ()
+    links: tuple[LinkRecord, ...] = ()
+    measured: tuple[MeasuredRecord, ...] = ()
+    assumed: tuple[str, ...] = ()  # remarks of the sources it was made from
+    warnings: tuple[str, ...] = ()
 
 
 def is_cluster_file(document: Any) -> bool:
     """Tell whether a parsed document is a cluster file."""
-    return isinstance(document, dict) and "host_types" in document and "hosts" in document
+    if not isinstance(document, dict):
+        return False
+    return {"host_types", "hosts"} <= document.keys() or "explicit_hosts" in document
 
 
 def read_cluster_file(document: Any, what: str) -> ClusterBuilder:
@@ -113,31 +135,26 @@ def read_cluster_file(document: Any, what: str) -> ClusterBuilder:
         for host in expand(group.names):
             nics = add_host(builder, host, types[group.type], domain_of.get(host))
             _cable(builder, nics, group.leafs)
+    add_explicit(builder, file.explicit_hosts, file.planes)
+    add_links(builder, file.links)
+    apply_measured(builder, file.measured)
+    builder.assumed += file.assumed
+    builder.warnings += file.warnings
     return builder
-
-
-def expand(names: str) -> list[str]:
-    """Return the names of a range in Slurm's notation: `dgx[01-02,7]` is dgx01, dgx02, dgx7."""
-    match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]+)\](.*)", names)
-    if not match:
-        return [names]
-    head, ranges, tail = match.groups()
-    numbers: list[str] = []
-    for part in ranges.split(","):
-        first, _, last = part.strip().partition("-")
-        last = last or first
-        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-            raise InputError(f"host range {names} is not valid: {part} is no ascending range")
-        numbers += [str(x).zfill(len(first)) for x in range(int(first), int(last) + 1)]
-    return [head + number + rest for number in numbers for rest in expand(tail)]
 
 
 def _problems(file: ClusterFile) -> Iterator[str]:
     hosts = [host for group in file.hosts for host in expand(group.names)]
     switches = [name for record in file.switches for name in expand(record.names)]
-    for kind, names in (("host", hosts), ("switch", switches)):
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            yield f"{kind} {name} is defined {names.count(name)} times"
+    everyone = [*hosts, *(host.name for host in file.explicit_hosts)]
+    if not everyone:
+        yield "no hosts: give hosts or explicit_hosts"
+    for kind, names in (("host", everyone), ("switch", switches)):
+        for name, count in sorted(Counter(names).items()):
+            if count > 1:
+                yield f"{kind} {name} is defined {count} times"
+    if len(hosts) > MAX_HOSTS:
+        yield f"{len(hosts)} hosts; {MAX_HOSTS} are the most"
     for name, record in file.host_types.items():
         yield from _host_type_problems(name, record)
     for group in file.hosts:
@@ -155,6 +172,8 @@ def _problems(file: ClusterFile) -> Iterator[str]:
         for host in expand(domain.hosts):
             if host not in hosts:
                 yield f"nvlink_domains {domain.name}: host {host} is not defined"
+    others = {*switches, *(domain.name for domain in file.nvlink_domains)}
+    yield from explicit_problems(file.explicit_hosts, file.planes, file.links, others)
 
 
 def _host_type_problems(name: str, record: HostTypeRecord) -> Iterator[str]:

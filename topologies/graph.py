@@ -1,7 +1,8 @@
 """The cluster graph: one networkx digraph, whatever it was read from.
 
-Nodes are GPUs, NVSwitch planes, PCIe switches, NUMA nodes, NIC ports and network switches; every
-edge is one direction of a link with a capacity and where that number came from.
+Nodes are GPUs, NVSwitch planes, PCIe switches, NUMA nodes, NIC ports and network switches, and bare
+hosts where the source does not look inside; every edge is one direction of a link with a capacity
+and where that number came from.
 
     host a                                      network
       gpu0 == nvswitch (plane) == gpu1
@@ -39,6 +40,11 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Host(Node):
+    """A host as its network sees it, from a source that does not look inside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu(Node):
     """One GPU. `links` is the number of NVLink or xGMI links its source states."""
 
@@ -49,6 +55,8 @@ class Gpu(Node):
     numa: int | None = None
     pci_bus_id: str | None = None
     uuid: str | None = None
+    mig: bool | None = None  # None: the source does not tell
+    faults: tuple[str, ...] | None = None  # of its NVLink fabric; None: nobody watches it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +67,7 @@ class Nic(Node):
     rated_bytes_per_s: float | None  # None: the source does not tell
     numa: int | None = None
     pci_bus_id: str | None = None
+    guid: str | None = None  # of the InfiniBand port, 16 hex digits: joins a host to its fabric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +116,7 @@ class Cluster:
         name: how the user called it, or what it was read from.
         graph: node ids with the attribute `node`, directed edges with the attribute `link`.
         sha256: hash of the text it was read from.
+        latency_s: measured, by path type, of a whole transfer; what is missing is a profile's.
         assumed: numbers that were not in the source, and where they came from.
         warnings: contradictions in the source, and what was made of them.
     """
@@ -114,6 +124,7 @@ class Cluster:
     name: str
     graph: Graph
     sha256: str = ""
+    latency_s: dict[str, float] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -158,6 +169,7 @@ class ClusterBuilder:
 
     name: str
     graph: Graph = field(default_factory=nx.DiGraph)
+    latency_s: dict[str, float] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -183,6 +195,7 @@ class ClusterBuilder:
             name=self.name,
             graph=self.graph,
             sha256=sha256,
+            latency_s=self.latency_s,
             assumed=tuple(dict.fromkeys(self.assumed)),
             warnings=tuple(dict.fromkeys(self.warnings)),
         )

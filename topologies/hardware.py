@@ -66,7 +66,8 @@ class Hardware(_Profile):
         if figure is None:
             figure = self.numa_gb_per_s["default"]
         if isinstance(figure, dict):
-            figure = figure[max(number for number in figure if number <= model_number)]
+            known = [number for number in figure if number <= model_number]
+            figure = figure[max(known, default=min(figure))]
         return figure * 1e9
 
 

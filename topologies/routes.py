@@ -203,7 +203,14 @@ class _Router:
 
     def _set_type(self, here: int, there: int, path_type: str) -> None:
         self.path_type[here, there] = PATH_TYPES.index(path_type)
-        self.latency[here, there] = hardware().latency[path_type]
+        self.latency[here, there] = self._path_latency(path_type)
+
+    def _path_latency(self, path_type: str) -> float:
+        """Return a path type's latency; a measured one contains the start of the transfer."""
+        measured = self.cluster.latency_s.get(path_type)
+        if measured is None:
+            return hardware().latency[path_type]
+        return max(0.0, measured - hardware().latency["base"])
 
     def _route_to_nics(self, paths: HostPaths) -> None:
         for name, nics in paths.gpu_to_nic.items():
@@ -226,7 +233,7 @@ class _Router:
         return dict.fromkeys(there.tolist(), 1.0)
 
     def _connect_leafs(self, sources: Weights, destinations: Weights, hops: int) -> None:
-        latency = hardware().latency["NET"] + hops * hardware().latency["switch_hop"]
+        latency = self._path_latency("NET") + hops * hardware().latency["switch_hop"]
         for here in sources:
             there = np.array([gpu for gpu in destinations if self.island[gpu] != self.island[here]])
             if there.size:

@@ -11,6 +11,7 @@ from epplan.errors import EpplanError
 from .graph import Cluster, Gpu, Link, NetworkSwitch, Nic, Node, Numa, PcieSwitch, Plane
 from .host_paths import PATH_TYPES
 from .routes import Routes, find_routes
+from .show_tree import host_trees
 from .units import format_bandwidth, format_bytes
 
 _LEGEND = (
@@ -89,10 +90,11 @@ def _link(tail: str, head: str, link: Link) -> dict[str, Any]:
 
 
 def tables(cluster: Cluster) -> RenderableType:
-    """Return hosts, the GPU matrix, assumptions and warnings."""
+    """Return hosts, their insides as trees, the GPU matrix, assumptions and warnings."""
     parts: list[RenderableType] = [_hosts_table(cluster)]
     if cluster.nodes(NetworkSwitch):
         parts.append(_switch_table(cluster))
+    parts += host_trees(cluster)
     parts += _matrices(cluster)
     for heading, lines in (("assumed", cluster.assumed), ("warnings", cluster.warnings)):
         if lines:

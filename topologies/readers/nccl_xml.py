@@ -9,7 +9,6 @@ bandwidth rule are those of nccl src/graph/{xml,topo}.cc.
 """
 
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,44 +22,39 @@ from epplan.topologies.hardware import (
 )
 from epplan.topologies.host import numa_link, nvlink
 
-Element = ElementTree.Element
+from .documents import MAX_NUMA_NODES, Element, whole_number
+from .pci import DEFAULT_LANE_GT, nearest_generation, normalise_bus_id, pcie_link, pcie_rate
 
 _BRIDGE_CLASSES = ("0x060400", "0x080100")
 _GPU_CLASSES = ("0x03", "0x1200", "0x0380")
 _NIC_CLASS = "0x02"
 _NVSWITCH_CLASS = "0x068000"
-_DEFAULT_LANE_GT = 8.0  # NCCL's choice for a link speed it does not know
 _DEFAULT_NET_MBPS = 10000  # and for a net without a speed
 
 
-def is_nccl_xml(text: str) -> bool:
-    """Tell whether a text is a NCCL or RCCL topology."""
-    return re.search(r"<system[\s>]", text[:20000]) is not None and "<cpu" in text
+def is_nccl_xml(root: Element) -> bool:
+    """Tell whether an XML document is a NCCL or RCCL topology."""
+    return root.tag == "system" or root.find("system") is not None
 
 
-def read_nccl_xml(text: str, what: str, gpu_model: str | None = None) -> ClusterBuilder:
+def read_nccl_xml(root: Element, what: str, gpu_model: str | None = None) -> ClusterBuilder:
     """Return the host (or the hosts of an NVLink domain) in a NCCL topology.
 
     Args:
-        text: the XML.
+        root: the document; its root or a child of it is <system>.
         what: names it in errors.
         gpu_model: the profile of GPUs whose model the file does not tell.
 
     Raises:
-        InputError: not well-formed, or no system in it.
+        InputError: no processor in it, or a number that is none.
     """
-    try:
-        root = ElementTree.fromstring(text.strip())  # some cloud files begin with a blank line
-    except ElementTree.ParseError as error:
-        line, column = error.position
-        raise InputError(
-            f"{what} is not well-formed XML: line {line}, column {column}: {error.msg}"
-        ) from None
     system = root if root.tag == "system" else root.find("system")
-    if system is None:
-        raise InputError(f"{what} is no NCCL topology: it has no <system>")
+    if system is None or system.find("cpu") is None:
+        raise InputError(f"{what} is no NCCL topology: it has no <system><cpu>")
+    if len(system.findall("cpu")) > MAX_NUMA_NODES:
+        raise InputError(f"{what} has over {MAX_NUMA_NODES} <cpu>; no NVLink domain has so many")
     reader = _Reader(what, gpu_profile(gpu_model) if gpu_model else None)
-    for cpu in system.iter("cpu"):
+    for cpu in system.findall("cpu"):
         reader.read_cpu(cpu)
     return reader.finish()
 
@@ -96,11 +90,11 @@ class _Reader:
         key = cpu.get("host_hash", "")
         host = self.hosts.setdefault(key, _Host(name=f"host{len(self.hosts)}"))
         index = len(host.numa_nodes)
-        number = int(cpu.get("numaid", "-1"))
+        number = whole_number(cpu, "numaid", -1, self.what)
         numa = Numa(id=f"{host.name}/numa{index}", host=host.name, index=max(number, 0))
         self.builder.add(numa)
         host.numa_nodes.append(numa.id)
-        model = int(cpu.get("modelid", "0"), 0)
+        model = max(whole_number(cpu, "modelid", 0, self.what), 0)
         rate = hardware().numa_bytes_per_s(cpu.get("vendor", ""), model, cpu.get("arch", ""))
         host.numa_rate = rate if not host.numa_rate else min(host.numa_rate, rate)
         self._read_children(cpu, host, numa.id, numa.id, None)
@@ -146,16 +140,18 @@ class _Reader:
     def _add_switch(self, pci: Element, host: _Host, parent: str) -> str:
         switch = PcieSwitch(id=f"{host.name}/{_bus_id(pci)}", host=host.name)
         self.builder.add(switch)
-        rate = _pcie_rate(pci)
-        below = max((_pcie_rate(child) for child in pci.iter("pci") if child is not pci), default=0)
-        if rate < below and rate < hardware().pcie_bytes_per_s(_DEFAULT_LANE_GT):
+        rate = self._pcie_rate(pci)
+        below = max(
+            (self._pcie_rate(child) for child in pci.iter("pci") if child is not pci), default=0
+        )
+        if rate < below and rate < hardware().pcie_bytes_per_s(DEFAULT_LANE_GT):
             self.builder.warnings.append(
                 f"{host.name}: PCIe bridge {_bus_id(pci)} says {pci.get('link_speed')} x"
                 f"{pci.get('link_width')}, slower than a device below it; taken as a virtual "
                 "bridge with the device's speed"
             )
             rate = below
-        self.builder.connect(parent, switch.id, _pcie_link(rate))
+        self.builder.connect(parent, switch.id, pcie_link(rate))
         return switch.id
 
     # --- NICs -----------------------------------------------------------------------------------
@@ -166,12 +162,13 @@ class _Reader:
         name = net.get("name", "")
         if net.get("dev") is None or f"{host.name}/{name}" in self.builder.graph:
             return  # without dev NCCL ignores it; virtual devices are repeated under every cpu
-        megabits = int(float(net.get("speed") or 0))
-        if megabits <= 0:
+        megabits = _megabits(net, self.what)
+        if not megabits:
             megabits = _DEFAULT_NET_MBPS
             self.builder.assumed.append(f"{host.name}: NIC {name} has no speed; NCCL takes 10 Gb/s")
         bus_id = _bus_id(card) if card is not None else None
-        self._attach_nic(host, name, parent, numa, bus_id, megabits * 1e6 / 8, card)
+        rate = megabits * 1e6 / 8
+        self._attach_nic(host, name, parent, numa, bus_id, rate, card)
 
     def _add_cards(self, host: _Host) -> None:
         for index, (pci, parent, numa) in enumerate(host.cards):
@@ -201,8 +198,8 @@ class _Reader:
             pci_bus_id=bus_id,
         )
         self.builder.add(nic)
-        slot = _pcie_rate(card) if card is not None else hardware().pcie_bytes_per_s(8.0)
-        self.builder.connect(parent, nic.id, _pcie_link(slot))
+        slot = self._pcie_rate(card) if card is not None else hardware().pcie_bytes_per_s(8.0)
+        self.builder.connect(parent, nic.id, pcie_link(slot))
 
     # --- GPUs -----------------------------------------------------------------------------------
 
@@ -210,8 +207,7 @@ class _Reader:
         """Add GPUs in NVML's order (dev), else in the file's, and return them by bus id."""
 
         def order(entry: tuple[Element, str, str]) -> int:
-            gpu = entry[0].find("gpu")
-            return int(gpu.get("dev", "0")) if gpu is not None else 0
+            return _gpu_number(entry[0], "dev", self.what)
 
         joints: dict[str, _Joint] = {}
         for index, (pci, parent, numa) in enumerate(sorted(host.gpus, key=order)):
@@ -223,12 +219,12 @@ class _Reader:
                 index=index,
                 profile=profile,
                 memory_bytes=profile.memory if profile else 0,
-                links=sum(count for _, count in _links(element)),
+                links=sum(count for _, count in _links(element, self.what)),
                 numa=self._numa_index(numa),
                 pci_bus_id=_bus_id(pci),
             )
             self.builder.add(gpu)
-            self.builder.connect(parent, gpu.id, _pcie_link(_pcie_rate(pci)))
+            self.builder.connect(parent, gpu.id, pcie_link(self._pcie_rate(pci)))
             joints[_bus_id(pci)] = _Joint(gpu, element)
         return joints
 
@@ -248,7 +244,7 @@ class _Reader:
     def _add_nvlinks(self, host: _Host, joints: dict[str, _Joint]) -> None:
         plane: str | None = None
         for joint in joints.values():
-            gpu, rows = joint.gpu, list(_links(joint.element))
+            gpu, rows = joint.gpu, list(_links(joint.element, self.what))
             if not rows:
                 if self._assume_links(host, gpu):
                     plane = plane or self._add_plane(host)
@@ -289,7 +285,7 @@ class _Reader:
         self, joint: _Joint, rows: list[tuple[Element, int]], joints: dict[str, _Joint]
     ) -> None:
         for row, count in rows:
-            target = joints.get(_normalise(row.get("target", "")))
+            target = joints.get(normalise_bus_id(row.get("target", "")))
             if target is None or target.gpu.id == joint.gpu.id:
                 self.builder.warnings.append(
                     f"{joint.gpu.host}: GPU {joint.gpu.index} has {count} NVLinks to "
@@ -305,12 +301,17 @@ class _Reader:
         if joint.gpu.profile is not None:
             return nvlink(joint.gpu.profile, count)
         assert joint.element is not None
-        twin, amd = _nearest_generation(joint.element)
+        amd = bool(joint.element.get("gcn"))  # RCCL writes it
+        twin = nearest_generation(whole_number(joint.element, "sm", 80, self.what), amd=amd)
         self.builder.assumed.append(
             f"{joint.gpu.host}: GPU {joint.gpu.index} is of no known model; its "
             f"{'xGMI' if amd else 'NV'}Links are taken as those of {twin.name}"
         )
         return nvlink(twin, count)
+
+    def _pcie_rate(self, pci: Element) -> float:
+        width = whole_number(pci, "link_width", 0, self.what)
+        return pcie_rate(pci.get("link_speed", ""), width)
 
     def _numa_index(self, numa: str) -> int:
         node = self.builder.graph.nodes[numa]["node"]
@@ -333,45 +334,24 @@ class _Reader:
             )
 
 
-def _links(gpu: Element | None) -> Iterator[tuple[Element, int]]:
+def _links(gpu: Element | None, what: str) -> Iterator[tuple[Element, int]]:
     for child in gpu if gpu is not None else ():
         if child.tag in ("nvlink", "xgmi"):
-            yield child, int(child.get("count", "1"))
+            yield child, max(whole_number(child, "count", 1, what), 0)
 
 
-def _nearest_generation(gpu: Element) -> tuple[GpuProfile, bool]:
-    """Return a profile of the GPU's generation, and whether it is AMD's (RCCL writes gcn)."""
-    if gpu.get("gcn"):
-        return gpu_profile("mi300x"), True
-    sm = int(gpu.get("sm", "80"))
-    known = [profile for profile in hardware().gpus.values() if profile.sm and profile.links]
-    return min(known, key=lambda profile: abs((profile.sm or 0) - sm)), False
+def _gpu_number(pci: Element, name: str, what: str) -> int:
+    gpu = pci.find("gpu")
+    return whole_number(gpu, name, 0, what) if gpu is not None else 0
 
 
 def _bus_id(pci: Element) -> str:
-    return _normalise(pci.get("busid", ""))
+    return normalise_bus_id(pci.get("busid", ""))
 
 
-def _normalise(bus_id: str) -> str:
-    """Return a bus id as sysfs writes it: lower case, a domain of four digits."""
-    text = bus_id.lower()
-    domain, separator, rest = text.partition(":")
-    return f"{domain[-4:].zfill(4)}{separator}{rest}" if text.count(":") == 2 else text
-
-
-def _pcie_rate(pci: Element) -> float:
-    """Return the rated bytes/s of a device's link: NCCL's defaults where it says nothing."""
-    match = re.match(r"([0-9.]+)\s*GT/s", pci.get("link_speed", ""))
-    lanes = hardware().pcie_lane_gb_per_s
-    speed = float(match[1]) if match else _DEFAULT_LANE_GT
-    width = int(pci.get("link_width") or 0) or 16
-    return hardware().pcie_bytes_per_s(speed if speed in lanes else _DEFAULT_LANE_GT, width)
-
-
-def _pcie_link(rate: float) -> Link:
-    return Link(
-        kind="pcie",
-        rated_bytes_per_s=rate,
-        efficiency=hardware().efficiency["pcie"],
-        provenance="read",
-    )
+def _megabits(net: Element, what: str) -> float:
+    """Return a port's speed, 0 for the ways to say unknown: none, 0 and -1."""
+    text = (net.get("speed") or "0").strip()
+    if not re.fullmatch(r"-1|[0-9]{1,9}(\.[0-9]+)?", text):
+        raise InputError(f"{what}: <net> has speed={text!r}, which is no number of Mb/s")
+    return max(float(text), 0.0)

@@ -1,0 +1,1 @@
+"""What this machine is, asked of NVML and sysfs, written down raw, and read as a cluster."""
