@@ -152,12 +152,14 @@ def _room(layer: _Layer) -> npt.NDArray[np.int64]:
 def _by_cells(layer: _Layer, effort: Effort) -> None:
     """Improve placement and bound by the program over cells."""
     terms = cell_terms(layer.rows, layer.cell_of_gpu)
-    start = layer.cell_of_gpu[layer.best.placement]
-    # Half the gap is left for what the GPUs inside a cell add.
-    half = replace(effort, gap=effort.gap / 2)
-    cells, bound_s = run_program(terms, _room(layer), start, half)
-    layer.offer(_fill_cells(layer, cells), "integer program over hosts")
-    layer.prove(bound_s)
+    # GPUs inside a cell add to the cost; where that leaves the gap open, ask for a tighter one.
+    for gap in (effort.gap, effort.gap / 4):
+        start = layer.cell_of_gpu[layer.best.placement]
+        cells, bound_s = run_program(terms, _room(layer), start, replace(effort, gap=gap))
+        layer.offer(_fill_cells(layer, cells), "integer program over hosts")
+        layer.prove(bound_s)
+        if layer.best.is_done(effort.gap) or not effort.left_s:
+            break
 
 
 def _fill_cells(layer: _Layer, cells: Placement) -> Placement:

@@ -1,0 +1,151 @@
+"""The fast rebalance: time and balance, beside DeepSeek's EPLB where it is given.
+
+    python benchmarks/rebalance.py [--eplb PATH/eplb.py] [--traces counts.npz]
+
+EPLB (github.com/deepseek-ai/EPLB, one file) is fetched by whoever runs this; without it its figures
+are left out. One JSON line a case: balance is mean over max GPU load, mean and worst over layers
+and seeds; milliseconds are minimum and median over seeds. EPLB runs hierarchically (8 groups, 4 or
+8 hosts) and globally. The trace is `counts` [iterations, source ranks, layers, experts] with
+`iters`: planned at one iteration, judged there and later, mean of 21 starts.
+"""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import numpy as np
+
+from epplan.planner.rebalance import Floats, Rebalanced, rebalance
+
+LAYERS, EXPERTS, SEEDS = 58, 256, 10
+GPU_HOSTS = {32: 4, 72: 8}
+JUDGED_LATER = (0, 10, 100, 500)
+Plan = Callable[[Floats, int, int], Floats]  # load, slots, GPUs -> share of each expert on each GPU
+
+
+@click.command()
+@click.option("--eplb", type=click.Path(path_type=Path, exists=True), help="EPLB's eplb.py.")
+@click.option("--traces", type=click.Path(path_type=Path, exists=True), help="Recorded counts.")
+def main(eplb: Path | None, traces: Path | None) -> None:
+    """Run all cases and print."""
+    peer = None if eplb is None else _load_eplb(eplb)
+    for name, option in (("--eplb", eplb), ("--traces", traces)):
+        if option is None:
+            click.echo(f"no {name} given: left out", err=True)
+    for rule in ("uniform", "zipf", "lognormal"):
+        for gpus in GPU_HOSTS:
+            _case(rule, gpus, peer)
+    if traces is not None:
+        _trace(traces, peer)
+
+
+def _print(line: dict[str, object]) -> None:
+    click.echo(json.dumps({**line, "cores": os.cpu_count()}))
+
+
+def _load(rule: str, seed: int) -> Floats:
+    random = np.random.default_rng(seed)
+    if rule == "uniform":
+        return random.integers(1, 1000, (LAYERS, EXPERTS)).astype(np.float64)
+    if rule == "lognormal":
+        return random.lognormal(0, 1, (LAYERS, EXPERTS))
+    ranked = 1 / np.arange(1, EXPERTS + 1)
+    return np.stack([random.permutation(ranked) for _ in range(LAYERS)])
+
+
+def _case(rule: str, gpus: int, peer: Any) -> None:
+    plans: dict[str, Plan] = {"free": _ours("free"), "equal": _ours("equal")}
+    if peer is not None:
+        plans |= {f"eplb {kind}": _eplb(peer, kind) for kind in ("global", "hierarchical")}
+    line: dict[str, object] = {"case": f"{rule}-288-on-{gpus}"}
+    for name, plan in plans.items():
+        balances, times = [], []
+        for seed in range(SEEDS):
+            load = _load(rule, seed)
+            began = time.perf_counter()
+            shares = plan(load, 288, gpus)
+            times.append(1e3 * (time.perf_counter() - began))
+            balances.append(_balance(load, shares))
+        line[name] = {
+            "balance": float(np.mean(balances)),
+            "worst_layer": float(np.min(balances)),
+            "ms_min": min(times),
+            "ms_median": float(np.median(times)),
+        }
+    _print(line)
+
+
+def _ours(shares: Literal["free", "equal"]) -> Plan:
+    def plan(load: Floats, slots: int, gpus: int) -> Floats:
+        done: Rebalanced = rebalance(load, slots, gpus, shares=shares)
+        return _on_gpus(done.expert_of_slot, done.share_of_slot, load.shape[1], gpus)
+
+    return plan
+
+
+def _load_eplb(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("eplb", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _eplb(module: Any, kind: str) -> Plan:
+    import torch
+
+    def plan(load: Floats, slots: int, gpus: int) -> Floats:
+        hosts = GPU_HOSTS.get(gpus, 2)
+        groups = (8, hosts) if kind == "hierarchical" else (1, 1)
+        expert, _, count = module.rebalance_experts(torch.tensor(load), slots, *groups, gpus)
+        shares = 1 / np.take_along_axis(count.numpy(), expert.numpy(), axis=1)
+        return _on_gpus(expert.numpy(), shares, load.shape[1], gpus)
+
+    return plan
+
+
+def _on_gpus(expert: Any, share: Floats, experts: int, gpus: int) -> Floats:
+    """Return the share of every expert on every GPU, [layers, gpus, experts]."""
+    layers, slots = expert.shape
+    total = np.zeros((layers, gpus, experts))
+    gpu = np.broadcast_to(np.arange(slots) * gpus // slots, expert.shape)
+    np.add.at(total, (np.arange(layers)[:, None], gpu, expert), share)
+    return total
+
+
+def _balance(load: Floats, shares: Floats) -> Floats:
+    on_gpu = (shares * load[:, None, :]).sum(axis=2)
+    balance: Floats = on_gpu.mean(axis=1) / on_gpu.max(axis=1)
+    return balance
+
+
+def _trace(path: Path, peer: Any) -> None:
+    with np.load(path) as archive:
+        load = archive["counts"].sum(axis=1, dtype=np.float64)  # [iterations, layers, experts]
+        iterations = archive["iters"].tolist()
+    last = iterations[-1] - max(JUDGED_LATER)
+    starts = [t for t in iterations if 101 <= t <= last][:: max(1, len(iterations) // 24)][:21]
+    plans: dict[str, Plan] = {"free": _ours("free"), "equal": _ours("equal")}
+    if peer is not None:
+        plans["eplb global"] = _eplb(peer, "global")
+    for slots in (48, 64):
+        line: dict[str, object] = {"case": f"trace-{slots}-on-16", "starts": len(starts)}
+        for name, plan in plans.items():
+            judged = []
+            for start in starts:
+                shares = plan(load[iterations.index(start)], slots, 16)
+                later = [load[iterations.index(start + steps)] for steps in JUDGED_LATER]
+                judged.append([_balance(window, shares).mean() for window in later])
+            means = np.mean(judged, axis=0)
+            line[name] = {f"+{s}": float(x) for s, x in zip(JUDGED_LATER, means, strict=True)}
+        _print(line)
+
+
+if __name__ == "__main__":
+    main()

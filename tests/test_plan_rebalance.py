@@ -1,0 +1,135 @@
+"""The fast rebalance: what must hold for any load, and how good it is where that is known."""
+
+from itertools import combinations, product
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from epplan.errors import InputError
+from epplan.planner.rebalance import Floats, Rebalanced, rebalance
+
+Shares = Literal["free", "equal"]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Floats, int, int]:
+    """Return a load [2, E], slots and GPUs that fit."""
+    experts, gpus = draw(st.integers(1, 12)), draw(st.integers(1, 8))
+    each = draw(st.integers(-(-experts // gpus), experts))
+    some = st.one_of(st.sampled_from([0.0, 1.0, 100.0]), st.floats(0.001, 1000))
+    load = draw(st.lists(some, min_size=2 * experts, max_size=2 * experts))
+    return np.array(load).reshape(2, experts), each * gpus, gpus
+
+
+def assert_sound(load: Floats, slots: int, gpus: int, done: Rebalanced) -> None:
+    layers, experts = load.shape
+    assert done.expert_of_slot.shape == done.share_of_slot.shape == (layers, slots)
+    for layer in range(layers):
+        expert, share = done.expert_of_slot[layer], done.share_of_slot[layer]
+        assert np.bincount(expert, share, experts) == pytest.approx(np.ones(experts))
+        assert share.min() >= 0
+        for held in expert.reshape(gpus, -1):
+            assert len(set(held.tolist())) == len(held)  # no expert twice on a GPU
+        on_gpu = (share * load[layer, expert]).reshape(gpus, -1).sum(axis=1)
+        assert done.gpu_load[layer] == pytest.approx(on_gpu)
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases(), shares=st.sampled_from(["free", "equal"]))
+def test_every_layout_is_sound(case: tuple[Floats, int, int], shares: Shares) -> None:
+    load, slots, gpus = case
+    done = rebalance(load, slots, gpus, shares=shares)
+    assert_sound(load, slots, gpus, done)
+    again = rebalance(load, slots, gpus, shares=shares)
+    assert (again.expert_of_slot == done.expert_of_slot).all()
+    assert (again.share_of_slot == done.share_of_slot).all()
+    assert ((done.balance > 0) & (done.balance <= 1 + 1e-9)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_enough_replicas_balance_any_load_exactly(case: tuple[Floats, int, int]) -> None:
+    """With G - 1 splits all GPUs are one chain."""
+    load, _, gpus = case
+    experts = load.shape[1]
+    each = -(-(experts + gpus - 1) // gpus)
+    if each <= experts:
+        assert rebalance(load, each * gpus, gpus).balance == pytest.approx(1.0, rel=1e-6)
+
+
+def test_layers_do_not_depend_on_each_other_nor_on_the_unit() -> None:
+    load = np.random.default_rng(0).lognormal(0, 1, (4, 16))
+    whole = rebalance(load, 24, 8)
+    alone = rebalance(load[2:3] * 1000, 24, 8)
+    assert (whole.expert_of_slot[2] == alone.expert_of_slot[0]).all()
+
+
+def optimum(load: Floats, slots: int, gpus: int) -> float:
+    """Return the least possible maximum GPU load with free shares, by trying every layout."""
+    experts, each = len(load), slots // gpus
+    best = np.inf
+    for layout in product(combinations(range(experts), each), repeat=gpus):
+        if len({expert for held in layout for expert in held}) < experts:
+            continue
+        places = [(gpu, expert) for gpu, held in enumerate(layout) for expert in held]
+        on_gpu = [[load[e] * (g == gpu) for g, e in places] + [-1.0] for gpu in range(gpus)]
+        whole = [[float(e == expert) for _, e in places] + [0.0] for expert in range(experts)]
+        cost = [0.0] * len(places) + [1.0]
+        result = linprog(
+            cost, A_ub=on_gpu, b_ub=[0.0] * gpus, A_eq=whole, b_eq=[1.0] * experts, method="highs"
+        )
+        assert result.fun is not None
+        best = min(best, float(result.fun))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("experts", "slots", "gpus"), [(4, 4, 2), (3, 4, 2), (4, 6, 3), (5, 6, 3)])
+def test_close_to_the_optimum_of_tiny_cases(experts: int, slots: int, gpus: int, seed: int) -> None:
+    load = np.random.default_rng(seed).lognormal(0, 1, experts)
+    best = optimum(load, slots, gpus)
+    reached = float(rebalance(load[None], slots, gpus).gpu_load.max())
+    assert reached >= best * (1 - 1e-9)
+    assert reached <= best * 1.12  # greedy and swaps; exact wherever the replicas make one chain
+
+
+@pytest.mark.parametrize("gpus", [32, 72])
+@pytest.mark.parametrize("shares", ["free", "equal"])
+def test_deepseek_size_is_balanced(gpus: int, shares: Shares) -> None:
+    load = np.random.default_rng(1).lognormal(0, 1, (58, 256))
+    assert rebalance(load, 288, gpus, shares=shares).balance.mean() >= 0.99
+
+
+def test_degenerate_loads() -> None:
+    idle = rebalance(np.zeros((1, 8)), 12, 4)
+    assert_sound(np.zeros((1, 8)), 12, 4, idle)
+    assert idle.balance.tolist() == [1.0]
+    one_hot = np.eye(1, 8)
+    assert rebalance(one_hot, 12, 4).balance == pytest.approx(1.0)
+    assert rebalance(one_hot, 8, 4).balance == pytest.approx(0.25)  # no replica: it stays whole
+
+
+@pytest.mark.parametrize(
+    ("load", "slots", "gpus", "message"),
+    [
+        (np.ones(4), 4, 2, r"load is \[4\]; it must be \[layers, experts\], not empty"),
+        (
+            np.ones((1, 4)),
+            5,
+            2,
+            "5 slots do not divide evenly among 2 GPUs\nhint: take 4 or 6 slots",
+        ),
+        (np.ones((1, 4)), 2, 2, r"2 slots for 4 experts on 2 GPUs; it must be 4 \(one each\) to 8"),
+        (np.ones((1, 4)), 10, 2, r"10 slots for 4 experts on 2 GPUs"),
+        (np.array([[1, -1.0]]), 2, 2, "load of expert 1 in layer 0 is -1.0; loads are finite and"),
+        (np.array([[np.nan, 1]]), 2, 2, "load of expert 0 in layer 0 is nan"),
+    ],
+)
+def test_bad_input(load: Floats, slots: int, gpus: int, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        rebalance(load, slots, gpus)
+    assert caught.match(message)
