@@ -193,9 +193,8 @@ def _with_a_replica(problem: Problem, number: int) -> tuple[int, float]:
 
 def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost]) -> Certificate:
     slowest = max(costs, key=lambda cost: cost.total_s)
-    assert solution.status in ("optimal", "feasible", "limit")
     return Certificate(
-        status=solution.status,  # type: ignore[arg-type]  # asserted above
+        status=solution.status,
         objective_s=solution.objective_s,
         bound_s=solution.bound_s,
         gap=solution.gap,
@@ -211,9 +210,15 @@ def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost
 
 
 def _assumptions(problem: Problem) -> tuple[str, ...]:
+    links = [resource.link for resource in problem.routes.resources]
+    unmeasured = sorted({link.kind for link in links if link.provenance != "measured"})
+    rates = [
+        "compute rates",
+        *([f"capacities of {', '.join(unmeasured)} links"] if unmeasured else []),
+    ]
     return (
         "one row per (token, expert) crosses the network; phases are added, not overlapped",
         "attention, shared experts and dense layers are left out: placement does not change them",
-        "capacities are hardware profiles (rated x efficiency), not measured on this cluster",
+        f"{' and '.join(rates)} are rated x efficiency of hardware profiles, not measured here",
         f"{MEMORY_HEADROOM:.0%} of every GPU's memory is kept free",
     )

@@ -19,6 +19,7 @@ from epplan.errors import EpplanError
 from .cost import LayerEvaluation, Placement, evaluate_layer
 from .highs import solve, solver_name
 from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Task, in_id_order, place_layer
+from .plan import Status
 from .problem import Problem, even_capacity
 from .processes import run_in_processes
 from .program import MICROSECONDS, build_program
@@ -61,7 +62,7 @@ class Solution:
 
     layers: tuple[LayerSolution, ...]
     bound_s: float  # proven; above the layers' own bounds where memory couples them
-    status: str  # optimal, feasible (gap reached) or limit
+    status: Status
     interrupted: bool
     seconds: float
     solver: str
@@ -226,7 +227,7 @@ def _equal_layers(problem: Problem) -> list[int]:
     ]
 
 
-def _status(reached: float, wanted: float) -> str:
+def _status(reached: float, wanted: float) -> Status:
     if reached <= OPTIMAL_GAP:
         return "optimal"
     return "feasible" if reached <= wanted + OPTIMAL_GAP else "limit"
