@@ -6,7 +6,7 @@ edited plan is refused, with all its problems at once. Light on imports: every r
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from .model import ModelSpec
 
 SCHEMA_VERSION = 1
 Status = Literal["optimal", "feasible", "limit"]
+_SHARE_ROUNDING = 1e-6
 
 
 class _Record(BaseModel):
@@ -107,7 +108,9 @@ class Plan(_Record):
     """A placement of all experts of all MoE layers on ranks, with its certificate.
 
     `expert_of_slot[layer][slot]`: layer is the ordinal among the model's MoE layers, slots are in
-    rank order, `slots_per_rank` each; None is an empty slot.
+    rank order, `slots_per_rank` each; None is an empty slot. An expert may have replicas, on
+    different ranks; `share_of_slot[layer][slot]` is then the share of its expert's tokens, from
+    every source rank, that a slot takes (0 for an empty slot). None: every expert has one copy.
     """
 
     schema_version: Literal[1] = 1
@@ -119,6 +122,7 @@ class Plan(_Record):
     ranks: tuple[Rank, ...] = Field(min_length=1)
     slots_per_rank: int = Field(gt=0)
     expert_of_slot: tuple[tuple[int | None, ...], ...]
+    share_of_slot: tuple[tuple[float, ...], ...] | None = None
     cost: tuple[LayerCost, ...]
     memory: tuple[RankMemory, ...]
     certificate: Certificate
@@ -136,13 +140,19 @@ class Plan(_Record):
         slots = self.expert_of_slot[layer][first : first + self.slots_per_rank]
         return [expert for expert in slots if expert is not None]
 
-    def rank_of_expert(self, layer: int) -> list[int]:
-        """Return, for MoE layer `layer` (ordinal), the rank of every expert, [num_experts]."""
-        ranks = [-1] * self.model.num_experts
+    def slots_of_expert(self, layer: int) -> list[list[int]]:
+        """Return, for MoE layer `layer` (ordinal), the slots of every expert, in slot order."""
+        slots: list[list[int]] = [[] for _ in range(self.model.num_experts)]
         for slot, expert in enumerate(self.expert_of_slot[layer]):
             if expert is not None:
-                ranks[expert] = slot // self.slots_per_rank
-        return ranks
+                slots[expert].append(slot)
+        return slots
+
+    def shares(self, layer: int) -> tuple[float, ...]:
+        """Return, for MoE layer `layer` (ordinal), every slot's share of its expert's tokens."""
+        if self.share_of_slot is not None:
+            return self.share_of_slot[layer]
+        return tuple(float(expert is not None) for expert in self.expert_of_slot[layer])
 
     def sha256(self) -> str:
         """Return the hash over the whole plan in canonical JSON."""
@@ -266,5 +276,38 @@ def _slot_problems(plan: Plan) -> Iterator[str]:
         if unknown:
             yield f"layer {layer} names experts {unknown}, the model has {model.num_experts}"
         twice = sorted(expert for expert, times in count.items() if times > 1)
-        if twice:
-            yield f"layer {layer} places experts {twice} more than once"
+        if twice and plan.share_of_slot is None:
+            yield f"layer {layer} places experts {twice} more than once, without share_of_slot"
+        on_rank = Counter(
+            (slot // plan.slots_per_rank, expert)
+            for slot, expert in enumerate(slots)
+            if expert is not None
+        )
+        for (rank, expert), times in on_rank.items():
+            if times > 1:
+                yield f"layer {layer} places expert {expert} {times} times on rank {rank}"
+    yield from _share_problems(plan)
+
+
+def _share_problems(plan: Plan) -> Iterator[str]:
+    if plan.share_of_slot is None:
+        return
+    if [len(row) for row in plan.share_of_slot] != [len(row) for row in plan.expert_of_slot]:
+        yield "share_of_slot has not the shape of expert_of_slot"
+        return
+    for layer, (experts, shares) in enumerate(
+        zip(plan.expert_of_slot, plan.share_of_slot, strict=True)
+    ):
+        total: dict[int, float] = defaultdict(float)
+        for slot, (expert, share) in enumerate(zip(experts, shares, strict=True)):
+            if not 0 <= share <= 1 + _SHARE_ROUNDING or (expert is None and share):
+                held = "empty" if expert is None else f"expert {expert}"
+                yield f"layer {layer} gives slot {slot} ({held}) the share {share}"
+            if expert is not None:
+                total[expert] += share
+        for expert, share in sorted(total.items()):
+            if abs(share - 1) > _SHARE_ROUNDING:
+                yield (
+                    f"layer {layer} gives the slots of expert {expert} shares that add up to "
+                    f"{share}"
+                )

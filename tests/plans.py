@@ -20,6 +20,7 @@ def bare_plan(
     model: ModelSpec,
     gpus: Sequence[tuple[str, int]],
     expert_of_slot: Sequence[Sequence[int | None]],
+    share_of_slot: Sequence[Sequence[float]] | None = None,
 ) -> Plan:
     """Return a plan for these GPUs.
 
@@ -27,6 +28,7 @@ def bare_plan(
         model: the model.
         gpus: host and GPU of each rank.
         expert_of_slot: by MoE layer and slot.
+        share_of_slot: the same, for plans with replicas.
     """
     source = Source(source="test", sha256="0" * 64)
     plan = Plan(
@@ -41,6 +43,7 @@ def bare_plan(
         ),
         slots_per_rank=len(expert_of_slot[0]) // len(gpus),
         expert_of_slot=tuple(map(tuple, expert_of_slot)),
+        share_of_slot=None if share_of_slot is None else tuple(map(tuple, share_of_slot)),
         cost=tuple(
             LayerCost(
                 layer=layer,

@@ -9,7 +9,8 @@ import yaml
 
 from epplan.errors import InputError
 from epplan.planner.plan import Plan, content_hash, plan_problems, read_plan, write_plan
-from tests.tiny import tiny_plan
+from tests.plans import bare_plan
+from tests.tiny import tiny_model, tiny_plan
 
 
 @pytest.fixture
@@ -125,5 +126,53 @@ def test_missing_and_binary(tmp_path: Path) -> None:
 def test_slot_table_gives_ranks_and_back(plan: Plan) -> None:
     assert plan_problems(plan) == []
     for layer in range(plan.model.num_moe_layers):
-        for expert, rank in enumerate(plan.rank_of_expert(layer)):
-            assert expert in plan.experts_of_rank(layer, rank)
+        for expert, (slot,) in enumerate(plan.slots_of_expert(layer)):
+            assert expert in plan.experts_of_rank(layer, slot // plan.slots_per_rank)
+
+
+TWO_LAYERS = ((0, 1, 2, 3, 0, None), (0, 1, 2, 3, None, 3))
+SHARES = ((0.25, 1.0, 1.0, 1.0, 0.75, 0.0), (1.0, 1.0, 1.0, 0.5, 0.0, 0.5))
+
+
+def replicated(**changes: object) -> Plan:
+    gpus = [("a", 0), ("a", 1), ("b", 0)]
+    return bare_plan(tiny_model(4, layers=2), gpus, TWO_LAYERS, SHARES).model_copy(update=changes)
+
+
+def test_replicas_and_their_shares(tmp_path: Path) -> None:
+    plan = replicated()
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == plan
+    assert plan.slots_of_expert(0) == [[0, 4], [1], [2], [3]]
+    assert plan.shares(0) == SHARES[0]
+
+
+def test_one_copy_each_has_shares_of_one() -> None:
+    plan = replicated(
+        share_of_slot=None, expert_of_slot=((0, 1, 2, 3, None, None), (0, None, 1, 2, 3, None))
+    )
+    assert plan_problems(plan) == []
+    assert plan.shares(1) == (1.0, 0.0, 1.0, 1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"share_of_slot": None}, "layer 0 places experts [0] more than once, without share"),
+        ({"share_of_slot": SHARES[:1]}, "share_of_slot has not the shape of expert_of_slot"),
+        (
+            {"share_of_slot": ((0.5, *SHARES[0][1:]), SHARES[1])},
+            "layer 0 gives the slots of expert 0 shares that add up to 1.25",
+        ),
+        (
+            {"share_of_slot": ((*SHARES[0][:5], 0.1), SHARES[1])},
+            "layer 0 gives slot 5 (empty) the share 0.1",
+        ),
+        (
+            {"expert_of_slot": ((0, 0, 2, 3, 1, None), TWO_LAYERS[1])},
+            "layer 0 places expert 0 2 times on rank 0",
+        ),
+    ],
+)
+def test_wrong_replicas(changes: dict[str, object], problem: str) -> None:
+    assert any(found.startswith(problem) for found in plan_problems(replicated(**changes)))

@@ -74,7 +74,7 @@ def test_all_tokens_to_one_expert() -> None:
     result = run_plan(plan, run_biased_to_expert_5)
     assert result.verified, result.problems
     for ordinal, balance in enumerate(result.balance):
-        only = plan.rank_of_expert(ordinal)[5]
+        only = plan.slots_of_expert(ordinal)[5][0] // plan.slots_per_rank
         assert result.rank_load[ordinal][only] == result.tokens_per_step
         assert balance.max_over_mean == RANKS
         assert balance.jain == pytest.approx(1 / RANKS)
