@@ -20,6 +20,7 @@ from epplan.errors import InputError
 from epplan.planner.model import ModelSpec
 
 from .clock import PhaseClock
+from .filled_cache import filled_cache
 from .kv_cache import KvCache
 from .tensor_parallel import (
     Shard,
@@ -29,6 +30,7 @@ from .tensor_parallel import (
     check_shards,
 )
 from .weights import Weights
+from .workload import tensor_bytes
 
 _IN_FLIGHT = 2  # micro-batches that take turns: one computes, the other's data are under way
 
@@ -117,9 +119,29 @@ class PipelineParallelModel:
             clock,
         )
 
-    def new_caches(self, num_micro_batches: int, capacity: int = 0) -> list[KvCache]:
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of this rank's slices."""
+        return tensor_bytes(self._stage.layers)
+
+    def new_caches(self, num_micro_batches: int) -> list[KvCache]:
         """Return an empty cache for every micro-batch."""
-        return [KvCache(self._num_layers, capacity) for _ in range(num_micro_batches)]
+        return [KvCache(self._num_layers) for _ in range(num_micro_batches)]
+
+    def filled_caches(self, sequences: int, num_micro_batches: int, context: int) -> list[KvCache]:
+        """Return caches of random positions for the micro-batches of `sequences`."""
+        share, rest = divmod(sequences, num_micro_batches)
+        return [
+            filled_cache(
+                self._stage.attention,
+                num_layers=self._num_layers,
+                sequences=share + (number < rest),
+                context=context,
+                device=self._device,
+                dtype=self._dtype,
+            )
+            for number in range(num_micro_batches)
+        ]
 
     @torch.inference_mode()
     def forward(

@@ -197,8 +197,8 @@ class TensorParallelStage:
         clock: PhaseClock,
     ) -> None:
         self._spec = spec
-        self._attention = shard_attention_spec(spec.attention, shard.size, numbers)
-        self._layers = layers
+        self.attention = shard_attention_spec(spec.attention, shard.size, numbers)
+        self.layers = layers
         self._shard = shard
         self._group = group
         self._clock = clock
@@ -215,9 +215,9 @@ class TensorParallelStage:
         step = attention_step(self._spec, x_BSH, cache)
         epsilon = self._spec.norm_epsilon
         choices: list[Tensor] = []
-        for ordinal, layer in enumerate(self._layers):
+        for ordinal, layer in enumerate(self.layers):
             h_BSH = rms_norm(x_BSH, layer.input_norm_H, epsilon)
-            part_BSH = attention(h_BSH, layer.attention, self._attention, step, ordinal)
+            part_BSH = attention(h_BSH, layer.attention, self.attention, step, ordinal)
             self._clock.mark("attention")
             x_BSH = x_BSH + (yield from self._sum(part_BSH))
             h_TH = rms_norm(x_BSH, layer.post_attention_norm_H, epsilon).flatten(0, 1)
