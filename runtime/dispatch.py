@@ -16,16 +16,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dispatched:
-    """Rows received, by slot, and what the way back needs."""
+class SlotRows:
+    """What this rank's experts have to compute."""
 
     rows_RH: Tensor  # slot by slot, within a slot by source rank
     rows_of_slot: list[int]  # [P]
-    counts_WWP: Tensor  # M, int64, on the CPU
-    sort_N: Tensor  # sorted row -> row t * K + k
-    slot_major_R: Tensor | None  # slot-major row -> received row; None where they are the same
-    send_rows: list[int]  # [W]
-    receive_rows: list[int]  # [W]
 
 
 class AllToAll:
@@ -44,59 +39,35 @@ class AllToAll:
         # torch 2.13 renamed the collective and warns about the old name.
         self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-    def dispatch(self, x_TH: Tensor, slot_TK: Tensor, *, check_rows: bool = False) -> Dispatched:
-        """Send each token to the slots of its experts.
+    def begin(
+        self, x_TH: Tensor, slot_TK: Tensor, weights_TK: Tensor, *, check_rows: bool = False
+    ) -> "Transfer":
+        """Count and sort the rows that take each token to the slots of its experts.
 
         Args:
             x_TH: hidden states.
             slot_TK: global slot numbers, `rank * slots_per_rank + slot of the rank`.
+            weights_TK: of the experts' outputs, float32.
             check_rows: also send every row's origin and slot along and compare on arrival; costs
                 a second all-to-all of 8 bytes a row.
 
         Raises:
-            ValueError: counts or rows are not what was sent.
+            ValueError: the gathered counts are not what was counted here.
         """
         sort_N = slot_TK.flatten().argsort(stable=True)  # (r0,s0), (r0,s1), (r1,s0), ...
         counts_WWP = self._gather_counts(slot_TK)
         send_rows = counts_WWP[self._rank].sum(-1).tolist()
         arriving_WP = counts_WWP[:, self._rank]  # [source, slot]: what each source sends here
-        receive_rows = arriving_WP.sum(-1).tolist()
-        top_k = slot_TK.shape[1]
-        received_RH = _exchange(x_TH[sort_N // top_k], send_rows, receive_rows)
         if check_rows:
             self._check_rows(slot_TK.flatten()[sort_N], send_rows, arriving_WP)
-        slot_major_R = _slot_major(arriving_WP, x_TH.device)
-        return Dispatched(
-            rows_RH=received_RH if slot_major_R is None else received_RH[slot_major_R],
-            rows_of_slot=arriving_WP.sum(0).tolist(),
-            counts_WWP=counts_WWP,
+        return Transfer(
+            send_NH=x_TH[sort_N // slot_TK.shape[1]],
+            weights_TK=weights_TK,
             sort_N=sort_N,
-            slot_major_R=slot_major_R,
+            counts_WWP=counts_WWP,
             send_rows=send_rows,
-            receive_rows=receive_rows,
+            arriving_WP=arriving_WP,
         )
-
-    def combine(self, rows_RH: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
-        """Bring the experts' outputs home and add them up, by weight.
-
-        Args:
-            rows_RH: outputs for `sent.rows_RH`, in its order.
-            sent: what `dispatch` returned.
-            weights_TK: float32.
-
-        Returns:
-            [T, H] in the dtype of `rows_RH`; summed in float32 from a token's first choice to
-            its last, whatever the order of arrival.
-        """
-        if sent.slot_major_R is not None:
-            rows_RH = torch.empty_like(rows_RH).index_copy_(0, sent.slot_major_R, rows_RH)
-        returned_NH = _exchange(rows_RH, sent.receive_rows, sent.send_rows)
-        home_NH = torch.empty_like(returned_NH).index_copy_(0, sent.sort_N, returned_NH)
-        home_TKH = home_NH.view(*weights_TK.shape, home_NH.shape[1])
-        sum_TH = home_TKH[:, 0].float() * weights_TK[:, :1]
-        for choice in range(1, weights_TK.shape[1]):
-            sum_TH += home_TKH[:, choice] * weights_TK[:, choice, None]
-        return sum_TH.to(rows_RH.dtype)
 
     def _gather_counts(self, slot_TK: Tensor) -> Tensor:
         """Return M[source, destination, slot] on the CPU."""
@@ -137,6 +108,60 @@ class AllToAll:
                 f"{is_tag % num_slots}, the counts say rank {expected_tag // num_slots} and slot "
                 f"{expected_tag % num_slots}"
             )
+
+
+class Transfer:
+    """The rows of one MoE layer, on their way to the experts and back: four steps, in order."""
+
+    def __init__(
+        self,
+        *,
+        send_NH: Tensor,
+        weights_TK: Tensor,
+        sort_N: Tensor,  # sorted row -> row t * K + k
+        counts_WWP: Tensor,  # M, int64, on the CPU
+        send_rows: list[int],  # [W]
+        arriving_WP: Tensor,
+    ) -> None:
+        self.counts_WWP = counts_WWP
+        self._rows = send_NH
+        self._weights_TK = weights_TK
+        self._sort_N = sort_N
+        self._send_rows = send_rows
+        self._arriving_WP = arriving_WP
+        self._receive_rows: list[int] = arriving_WP.sum(-1).tolist()
+        # slot-major row -> received row; None where they are the same
+        self._slot_major_R: Tensor | None = None
+
+    def send(self) -> None:
+        """Send the rows to the ranks of their experts."""
+        self._rows = _exchange(self._rows, self._send_rows, self._receive_rows)
+
+    def receive(self) -> SlotRows:
+        """Return the rows that arrived here, for the experts."""
+        self._slot_major_R = _slot_major(self._arriving_WP, self._rows.device)
+        rows_RH = self._rows if self._slot_major_R is None else self._rows[self._slot_major_R]
+        return SlotRows(rows_RH=rows_RH, rows_of_slot=self._arriving_WP.sum(0).tolist())
+
+    def send_back(self, outputs_RH: Tensor) -> None:
+        """Send the experts' outputs, for the rows in the order of `receive`, to their tokens."""
+        if self._slot_major_R is not None:
+            outputs_RH = torch.empty_like(outputs_RH).index_copy_(0, self._slot_major_R, outputs_RH)
+        self._rows = _exchange(outputs_RH, self._receive_rows, self._send_rows)
+
+    def receive_back(self) -> Tensor:
+        """Return the tokens' outputs, added up by weight.
+
+        Returns:
+            [T, H] in the dtype of the rows; summed in float32 from a token's first choice to its
+            last, whatever the order of arrival.
+        """
+        home_NH = torch.empty_like(self._rows).index_copy_(0, self._sort_N, self._rows)
+        home_TKH = home_NH.view(*self._weights_TK.shape, home_NH.shape[1])
+        sum_TH = home_TKH[:, 0].float() * self._weights_TK[:, :1]
+        for choice in range(1, self._weights_TK.shape[1]):
+            sum_TH += home_TKH[:, choice] * self._weights_TK[:, choice, None]
+        return sum_TH.to(self._rows.dtype)
 
 
 def _exchange(rows: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:

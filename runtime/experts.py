@@ -1,8 +1,9 @@
-"""The MLP of an expert, of the shared experts and of a dense layer.
+"""The MLP of an expert, of the shared experts and of a dense layer; all experts of a rank.
 
-Shapes: R rows, H hidden size, F width of the MLP.
+Shapes: R rows, H hidden size, F width of the MLP, P slots of this rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,23 @@ def mlp(x_RH: Tensor, weights: MlpWeights) -> Tensor:
     else:
         inner_RF = F.silu(F.linear(x_RH, weights.gate_FH)) * up_RF
     return F.linear(inner_RF, weights.down_HF)
+
+
+def run_experts(
+    rows_RH: Tensor, rows_of_slot: Sequence[int], experts: Sequence[MlpWeights | None]
+) -> Tensor:
+    """Return the output of each row, [R, H].
+
+    Args:
+        rows_RH: the rows of the first slot, then those of the second, ...
+        rows_of_slot: how many they are, [P].
+        experts: by slot, [P]; None is an empty slot, which has no rows.
+    """
+    outputs = [
+        rows if expert is None else mlp(rows, expert)
+        for rows, expert in zip(torch.split(rows_RH, list(rows_of_slot)), experts, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def fingerprint(weights: MlpWeights) -> Tensor:

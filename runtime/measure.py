@@ -16,7 +16,8 @@ from epplan.planner.plan import Plan
 from .clock import PhaseClock, synchronize
 from .dispatch import AllToAll
 from .environment import Setting
-from .model import ExpertParallelModel, Step, build_layers
+from .layers import build_layers
+from .model import ExpertParallelModel, Step
 from .monitor import measure_load
 from .result import PhaseTime, Result
 from .verify import Verification, verify

@@ -1,45 +1,31 @@
 """The model as one rank of an expert-parallel group runs it.
 
 Shapes: B sequences, S positions, T = B x S tokens, H hidden size, E experts, K experts per token,
-R rows received, W ranks, P slots per rank.
+R rows received, W ranks, P slots per rank, L MoE layers.
 
-Attention, shared experts and dense layers are data parallel: every rank holds them and runs them
-on its own sequences. Only routed experts are spread, so only their rows travel.
+A micro-batch is a generator over all layers: attend, route, dispatch, experts, combine. It yields
+wherever rows are under way, so that a schedule can let another micro-batch compute meanwhile;
+run alone it is a plain forward pass.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from epplan.planner.model import ModelSpec
-from epplan.planner.plan import Plan
 
 from .attention import attention, rms_norm
 from .clock import PhaseClock
-from .dispatch import AllToAll, Dispatched
-from .experts import MlpWeights, mlp
+from .dispatch import AllToAll, Transfer
+from .experts import MlpWeights, mlp, run_experts
+from .layers import Layer, MoeWeights
 from .router import route
-from .weights import SeededWeights
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoeWeights:
-    """One MoE layer's weights on one rank."""
-
-    router_EH: Tensor  # float32
-    bias_E: Tensor | None
-    slot_E: Tensor  # int64: the global slot of each expert
-    experts: tuple[MlpWeights | None, ...]  # by slot of this rank; None is an empty slot
-    shared: MlpWeights | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One layer on one rank: attention, then experts or one MLP."""
-
-    attention: dict[str, Tensor]
-    feed_forward: MoeWeights | MlpWeights
+# Where a micro-batch yields in a MoE layer: its counts, its rows, or its outputs are under way.
+Point = Literal["counted", "sent", "returned"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +35,6 @@ class Step:
     hidden_BSH: Tensor
     experts_LTK: Tensor  # the choice in each MoE layer
     counts_LWWP: Tensor  # rows by source rank, destination rank and slot, on the CPU
-
-
-def build_layers(plan: Plan, rank: int, weights: SeededWeights) -> list[Layer]:
-    """Return all layers of the plan's model with the experts the plan gives to `rank`."""
-    ordinals = {layer: ordinal for ordinal, layer in enumerate(plan.model.moe_layers)}
-    return [
-        Layer(
-            attention=weights.attention(layer),
-            feed_forward=(
-                _build_moe(plan, ordinals[layer], rank, weights)
-                if layer in ordinals
-                else weights.dense_mlp(layer)
-            ),
-        )
-        for layer in range(plan.model.num_layers)
-    ]
 
 
 class ExpertParallelModel:
@@ -86,9 +56,21 @@ class ExpertParallelModel:
             x_BSH: hidden states.
             check_rows: check the origin of every row that arrives.
         """
-        choices: list[Tensor] = []
-        counts: list[Tensor] = []
         self._clock.start()
+        micro_batch = self.micro_batch(x_BSH, check_rows=check_rows)
+        while True:
+            try:
+                next(micro_batch)
+            except StopIteration as end:
+                step: Step = end.value
+                return step
+
+    def micro_batch(
+        self, x_BSH: Tensor, *, check_rows: bool = False
+    ) -> Generator[Point, None, Step]:
+        """Run some of the sequences through all layers; returns their part of the step."""
+        choices: list[Tensor] = []
+        transfers: list[Transfer] = []
         for layer in self._layers:
             x_BSH = x_BSH + attention(rms_norm(x_BSH), layer.attention, self._spec.attention)
             self._clock.mark("attention")
@@ -97,55 +79,45 @@ class ExpertParallelModel:
                 out_TH = mlp(h_TH, layer.feed_forward)
                 self._clock.mark("dense_mlp")
             else:
-                out_TH, experts_TK, sent = self._moe(h_TH, layer.feed_forward, check_rows)
+                weights_TK, experts_TK = self._route(h_TH, layer.feed_forward)
+                transfer = self._dispatcher.begin(
+                    h_TH, layer.feed_forward.slot_E[experts_TK], weights_TK, check_rows=check_rows
+                )
+                out_TH = yield from self._moe(h_TH, transfer, layer.feed_forward)
                 choices.append(experts_TK)
-                counts.append(sent.counts_WWP)
+                transfers.append(transfer)
             x_BSH = x_BSH + out_TH.view_as(x_BSH)
         return Step(
-            hidden_BSH=x_BSH, experts_LTK=torch.stack(choices), counts_LWWP=torch.stack(counts)
+            hidden_BSH=x_BSH,
+            experts_LTK=torch.stack(choices),
+            counts_LWWP=torch.stack([transfer.counts_WWP for transfer in transfers]),
         )
+
+    def _route(self, h_TH: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
+        """Return the weight and the number of each token's experts, [T, K]."""
+        logits_TE = h_TH.float() @ weights.router_EH.T
+        return route(logits_TE, self._spec.router, self._spec.top_k, weights.bias_E)
 
     def _moe(
-        self, h_TH: Tensor, weights: MoeWeights, check_rows: bool
-    ) -> tuple[Tensor, Tensor, Dispatched]:
-        """Return the layer's output, its choice of experts and what was dispatched."""
-        logits_TE = h_TH.float() @ weights.router_EH.T
-        weights_TK, experts_TK = route(
-            logits_TE, self._spec.router, self._spec.top_k, weights.bias_E
-        )
+        self, h_TH: Tensor, transfer: Transfer, weights: MoeWeights
+    ) -> Generator[Point, None, Tensor]:
+        """Take rows that have begun their way to the experts there and back; [T, H]."""
         self._clock.mark("route")
-        sent = self._dispatcher.dispatch(h_TH, weights.slot_E[experts_TK], check_rows=check_rows)
+        yield "counted"
+        transfer.send()
         self._clock.mark("dispatch")
-        rows_RH = _run_experts(sent, weights.experts)
+        yield "sent"
+        rows = transfer.receive()
+        self._clock.mark("dispatch")
+        outputs_RH = run_experts(rows.rows_RH, rows.rows_of_slot, weights.experts)
         self._clock.mark("experts")
-        out_TH = self._dispatcher.combine(rows_RH, sent, weights_TK)
+        transfer.send_back(outputs_RH)
         self._clock.mark("combine")
+        shared_TH = None
         if weights.shared is not None:
-            out_TH = out_TH + mlp(h_TH, weights.shared)
+            shared_TH = mlp(h_TH, weights.shared)
             self._clock.mark("shared_experts")
-        return out_TH, experts_TK, sent
-
-
-def _run_experts(sent: Dispatched, experts: tuple[MlpWeights | None, ...]) -> Tensor:
-    """Return the output of each received row, in the order of `sent.rows_RH`."""
-    slots = torch.split(sent.rows_RH, sent.rows_of_slot)
-    outputs = [
-        rows if expert is None else mlp(rows, expert)  # an empty slot has no rows
-        for rows, expert in zip(slots, experts, strict=True)
-    ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _build_moe(plan: Plan, ordinal: int, rank: int, weights: SeededWeights) -> MoeWeights:
-    layer = plan.model.moe_layers[ordinal]
-    slots = plan.expert_of_slot[ordinal]
-    slot_of_expert = [slots.index(expert) for expert in range(plan.model.num_experts)]
-    first = rank * plan.slots_per_rank
-    own = slots[first : first + plan.slots_per_rank]
-    return MoeWeights(
-        router_EH=weights.router(layer),
-        bias_E=weights.router_bias(layer),
-        slot_E=torch.tensor(slot_of_expert, device=weights.device),
-        experts=tuple(None if e is None else weights.expert(layer, e) for e in own),
-        shared=weights.shared_expert(layer),
-    )
+        yield "returned"
+        out_TH = transfer.receive_back()
+        self._clock.mark("combine")
+        return out_TH if shared_TH is None else out_TH + shared_TH

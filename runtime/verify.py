@@ -20,7 +20,8 @@ from epplan.planner.plan import Plan
 
 from .dense import Disagreement, run_dense
 from .experts import fingerprint
-from .model import Layer, MoeWeights, Step
+from .layers import Layer, MoeWeights
+from .model import Step
 from .weights import SeededWeights, seeded_hidden
 
 # Largest difference allowed, relative to the largest reference value. Both runs use one dtype and

@@ -47,12 +47,15 @@ def scale_by_slot(rank: int, slots_per_rank: int, choice: Choice) -> tuple[int, 
     x_TH = torch.randn(len(slot_TK), HIDDEN, generator=generator)
     weights_TK = torch.rand(slot_TK.shape, generator=generator)
     exchange = AllToAll(rank=rank, world_size=RANKS, slots_per_rank=slots_per_rank)
-    sent = exchange.dispatch(x_TH, slot_TK, check_rows=True)
+    transfer = exchange.begin(x_TH, slot_TK, weights_TK, check_rows=True)
+    transfer.send()
+    rows = transfer.receive()
     factors = torch.arange(slots_per_rank) + rank * slots_per_rank + 1
-    scaled_RH = sent.rows_RH * factors.repeat_interleave(torch.tensor(sent.rows_of_slot))[:, None]
-    out_TH = exchange.combine(scaled_RH, sent, weights_TK)
+    factor_R = factors.repeat_interleave(torch.tensor(rows.rows_of_slot))
+    transfer.send_back(rows.rows_RH * factor_R[:, None])
+    out_TH = transfer.receive_back()
     expected_TH = x_TH * (weights_TK * (slot_TK + 1)).sum(-1, keepdim=True)
-    return len(sent.rows_RH), torch.allclose(out_TH, expected_TH, rtol=1e-5, atol=1e-6)
+    return len(rows.rows_RH), torch.allclose(out_TH, expected_TH, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("slots_per_rank", [1, 3])
@@ -78,7 +81,7 @@ def tamper_with_counts(rank: int) -> None:
     exchange = AllToAll(rank=rank, world_size=4, slots_per_rank=1)
     real_gather = exchange._all_gather
     with patch.object(exchange, "_all_gather", wrong_gather if rank == 2 else real_gather):
-        exchange.dispatch(torch.zeros(3, HIDDEN), torch.tensor([[0], [0], [1]]))
+        exchange.begin(torch.zeros(3, HIDDEN), torch.tensor([[0], [0], [1]]), torch.ones(3, 1))
 
 
 def test_counts_that_are_not_what_was_counted() -> None:
@@ -100,7 +103,7 @@ def reverse_rows(rank: int) -> None:
     exchange = AllToAll(rank=rank, world_size=4, slots_per_rank=1)
     with patch.object(dispatch_module, "_exchange", reversed_exchange):
         slot_TK = torch.tensor([[0], [1], [2], [2], [3]])
-        exchange.dispatch(torch.zeros(5, HIDDEN), slot_TK, check_rows=True)
+        exchange.begin(torch.zeros(5, HIDDEN), slot_TK, torch.ones(5, 1), check_rows=True)
 
 
 def test_rows_that_arrive_at_the_wrong_slot() -> None:

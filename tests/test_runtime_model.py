@@ -11,10 +11,10 @@ from torch import Tensor
 
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
-from epplan.runtime import measure, model
+from epplan.runtime import experts, measure, model
 from epplan.runtime.environment import Setting
+from epplan.runtime.layers import Layer, MoeWeights, build_layers
 from epplan.runtime.measure import Options, run_rank
-from epplan.runtime.model import Layer, MoeWeights, build_layers
 from epplan.runtime.result import Result
 from epplan.runtime.router import route
 from epplan.runtime.weights import SeededWeights
@@ -148,7 +148,7 @@ def run_with_infinite_output(rank: int, plan: Plan) -> Result | None:
     def overflow(rows_RH: Tensor, weights: object) -> Tensor:
         return torch.full_like(rows_RH, float("inf"))
 
-    with patch.object(model, "mlp", overflow):
+    with patch.object(experts, "mlp", overflow):
         return run(rank, plan)
 
 
