@@ -8,12 +8,12 @@ on its own sequences. Only routed experts are spread, so only their rows travel.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from epplan.planner.plan import Plan
 
 from .experts import MlpWeights
+from .replicas import ReplicaChoice, Replicas, replicas_of_rank
 from .weights import SeededWeights
 
 
@@ -23,7 +23,7 @@ class MoeWeights:
 
     router_EH: Tensor  # float32
     bias_E: Tensor | None
-    slot_E: Tensor  # int64: the global slot of each expert
+    replicas: Replicas  # the slots of each expert, as this rank uses them
     experts: tuple[MlpWeights | None, ...]  # by slot of this rank; None is an empty slot
     shared: MlpWeights | None
 
@@ -36,14 +36,23 @@ class Layer:
     feed_forward: MoeWeights | MlpWeights
 
 
-def build_layers(plan: Plan, rank: int, weights: SeededWeights) -> list[Layer]:
-    """Return all layers of the plan's model with the experts the plan gives to `rank`."""
+def build_layers(
+    plan: Plan, rank: int, weights: SeededWeights, replicas: ReplicaChoice = "share"
+) -> list[Layer]:
+    """Return all layers of the plan's model with the experts the plan gives to `rank`.
+
+    Args:
+        plan: the placement.
+        rank: this process.
+        weights: of all experts.
+        replicas: which copy of an expert this rank uses.
+    """
     ordinals = {layer: ordinal for ordinal, layer in enumerate(plan.model.moe_layers)}
     return [
         Layer(
             attention=weights.attention(layer),
             feed_forward=(
-                _build_moe(plan, ordinals[layer], rank, weights)
+                _build_moe(plan, ordinals[layer], rank, weights, replicas)
                 if layer in ordinals
                 else weights.dense_mlp(layer)
             ),
@@ -52,16 +61,16 @@ def build_layers(plan: Plan, rank: int, weights: SeededWeights) -> list[Layer]:
     ]
 
 
-def _build_moe(plan: Plan, ordinal: int, rank: int, weights: SeededWeights) -> MoeWeights:
+def _build_moe(
+    plan: Plan, ordinal: int, rank: int, weights: SeededWeights, replicas: ReplicaChoice
+) -> MoeWeights:
     layer = plan.model.moe_layers[ordinal]
-    slots = plan.expert_of_slot[ordinal]
-    slot_of_expert = [slots.index(expert) for expert in range(plan.model.num_experts)]
     first = rank * plan.slots_per_rank
-    own = slots[first : first + plan.slots_per_rank]
+    own = plan.expert_of_slot[ordinal][first : first + plan.slots_per_rank]
     return MoeWeights(
         router_EH=weights.router(layer),
         bias_E=weights.router_bias(layer),
-        slot_E=torch.tensor(slot_of_expert, device=weights.device),
+        replicas=replicas_of_rank(plan, ordinal, rank, replicas, weights.device),
         experts=tuple(None if e is None else weights.expert(layer, e) for e in own),
         shared=weights.shared_expert(layer),
     )

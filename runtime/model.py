@@ -1,7 +1,7 @@
 """The model as one rank of an expert-parallel group runs it.
 
 Shapes: B sequences, S positions, T = B x S tokens, H hidden size, E experts, K experts per token,
-R rows received, W ranks, P slots per rank, L MoE layers.
+R rows received, W ranks, P slots per rank, L MoE layers, M micro-batches.
 
 A micro-batch is a generator over all layers: attend, route, dispatch, experts, combine. It yields
 wherever rows are under way, so that a schedule can let another micro-batch compute meanwhile;
@@ -10,7 +10,6 @@ run alone it is a plain forward pass.
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,14 +17,23 @@ from torch import Tensor
 from epplan.planner.model import ModelSpec
 
 from .attention import attention, rms_norm
-from .clock import PhaseClock
-from .dispatch import AllToAll, Transfer
+from .clock import PhaseClock, Place
+from .dispatch import Counts, Dispatcher, Routed, Transfer, gather_counts
 from .experts import MlpWeights, mlp, run_experts
 from .layers import Layer, MoeWeights
+from .pipeline import Point, Schedule, take_turns
 from .router import route
 
-# Where a micro-batch yields in a MoE layer: its counts, its rows, or its outputs are under way.
-Point = Literal["counted", "sent", "returned"]
+_END = Place(-1, -1)  # of a step, after all layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """What some of a step's sequences give."""
+
+    hidden_BSH: Tensor
+    experts_LTK: Tensor
+    counts: list[Counts]  # [L]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,89 +43,136 @@ class Step:
     hidden_BSH: Tensor
     experts_LTK: Tensor  # the choice in each MoE layer
     counts_LWWP: Tensor  # rows by source rank, destination rank and slot, on the CPU
+    reran: bool  # rows did not fit, and the step was run again without a limit
 
 
 class ExpertParallelModel:
-    """The layers of one rank, run together with the other ranks'."""
+    """The layers of one rank, run together with the other ranks'.
+
+    Args:
+        spec: the model.
+        layers: this rank's weights.
+        dispatcher: takes rows to the experts.
+        schedule: of micro-batches.
+        clock: times phases.
+    """
 
     def __init__(
-        self, spec: ModelSpec, layers: list[Layer], dispatcher: AllToAll, clock: PhaseClock
+        self,
+        spec: ModelSpec,
+        layers: list[Layer],
+        dispatcher: Dispatcher,
+        schedule: Schedule,
+        clock: PhaseClock,
     ) -> None:
-        self._spec = spec
-        self._layers = layers
-        self._dispatcher = dispatcher
-        self._clock = clock
+        self.spec = spec
+        self.layers = layers
+        self.dispatcher = dispatcher
+        self.schedule = schedule
+        self.clock = clock
 
-    @torch.inference_mode()
-    def forward(self, x_BSH: Tensor, *, check_rows: bool = False) -> Step:
+    def forward(self, x_BSH: Tensor, *, check_rows: bool = False, train: bool = False) -> Step:
         """Run this rank's sequences; a collective: every rank calls it.
 
         Args:
-            x_BSH: hidden states.
+            x_BSH: hidden states; ranks may have different numbers of sequences, or none.
             check_rows: check the origin of every row that arrives.
+            train: keep what gradients need.
         """
-        self._clock.start()
-        micro_batch = self.micro_batch(x_BSH, check_rows=check_rows)
-        while True:
-            try:
-                next(micro_batch)
-            except StopIteration as end:
-                step: Step = end.value
-                return step
+        with torch.inference_mode(not train):
+            self.clock.start()
+            dispatcher = self.dispatcher
+            batches = self.run(x_BSH, dispatcher, check_rows=check_rows)
+            counts = self._gather(batches)
+            dropless = dispatcher.rerun(counts)
+            if dropless is not None:
+                batches = self.run(x_BSH, dropless, check_rows=check_rows)
+                counts = self._gather(batches)
+            num_ranks = counts.shape[1]
+            return Step(
+                hidden_BSH=torch.cat([batch.hidden_BSH for batch in batches]),
+                experts_LTK=torch.cat([batch.experts_LTK for batch in batches], dim=1),
+                counts_LWWP=counts.view(len(batches), -1, num_ranks, *counts.shape[2:]).sum(0),
+                reran=dropless is not None,
+            )
 
-    def micro_batch(
-        self, x_BSH: Tensor, *, check_rows: bool = False
-    ) -> Generator[Point, None, Step]:
-        """Run some of the sequences through all layers; returns their part of the step."""
+    def run(
+        self, x_BSH: Tensor, dispatcher: Dispatcher, *, check_rows: bool = False
+    ) -> list[MicroBatch]:
+        """Run all micro-batches; with a padded dispatcher the host never waits."""
+        parts = torch.tensor_split(x_BSH, self.schedule.micro_batches)
+        batches = (
+            self._micro_batch(number, part, dispatcher, check_rows)
+            for number, part in enumerate(parts)
+        )
+        return take_turns(batches, self.schedule)
+
+    def _gather(self, batches: list[MicroBatch]) -> Tensor:
+        """Return rows by micro-batch and layer, source, destination and slot."""
+        counts = [each for batch in batches for each in batch.counts]
+        gathered = gather_counts(self.dispatcher.channel, counts, _END)
+        if counts[0].all_WWP is None:
+            self.clock.mark("counts", _END)
+        return gathered
+
+    def _micro_batch(
+        self, number: int, x_BSH: Tensor, dispatcher: Dispatcher, check_rows: bool
+    ) -> Generator[Point, None, MicroBatch]:
+        """Take some of the sequences through all layers."""
         choices: list[Tensor] = []
-        transfers: list[Transfer] = []
-        for layer in self._layers:
-            x_BSH = x_BSH + attention(rms_norm(x_BSH), layer.attention, self._spec.attention)
-            self._clock.mark("attention")
+        counts: list[Counts] = []
+        for index, layer in enumerate(self.layers):
+            place = Place(index, number)
+            x_BSH = x_BSH + attention(rms_norm(x_BSH), layer.attention, self.spec.attention)
+            self.clock.mark("attention", place)
             h_TH = rms_norm(x_BSH).flatten(0, 1)
             if isinstance(layer.feed_forward, MlpWeights):
                 out_TH = mlp(h_TH, layer.feed_forward)
-                self._clock.mark("dense_mlp")
+                self.clock.mark("dense_mlp", place)
             else:
                 weights_TK, experts_TK = self._route(h_TH, layer.feed_forward)
-                transfer = self._dispatcher.begin(
-                    h_TH, layer.feed_forward.slot_E[experts_TK], weights_TK, check_rows=check_rows
+                slot_TK = layer.feed_forward.replicas.choose(experts_TK)
+                transfer = dispatcher.begin(
+                    Routed(
+                        x_TH=h_TH,
+                        slot_TK=slot_TK,
+                        weights_TK=weights_TK,
+                        place=place,
+                        check_rows=check_rows,
+                    )
                 )
-                out_TH = yield from self._moe(h_TH, transfer, layer.feed_forward)
+                out_TH = yield from self._moe(h_TH, transfer, layer.feed_forward, place)
                 choices.append(experts_TK)
-                transfers.append(transfer)
+                counts.append(transfer.counts)
             x_BSH = x_BSH + out_TH.view_as(x_BSH)
-        return Step(
-            hidden_BSH=x_BSH,
-            experts_LTK=torch.stack(choices),
-            counts_LWWP=torch.stack([transfer.counts_WWP for transfer in transfers]),
-        )
+        return MicroBatch(hidden_BSH=x_BSH, experts_LTK=torch.stack(choices), counts=counts)
 
     def _route(self, h_TH: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """Return the weight and the number of each token's experts, [T, K]."""
         logits_TE = h_TH.float() @ weights.router_EH.T
-        return route(logits_TE, self._spec.router, self._spec.top_k, weights.bias_E)
+        return route(logits_TE, self.spec.router, self.spec.top_k, weights.bias_E)
 
     def _moe(
-        self, h_TH: Tensor, transfer: Transfer, weights: MoeWeights
+        self, h_TH: Tensor, transfer: Transfer, weights: MoeWeights, place: Place
     ) -> Generator[Point, None, Tensor]:
         """Take rows that have begun their way to the experts there and back; [T, H]."""
-        self._clock.mark("route")
+        self.clock.mark("route", place)
         yield "counted"
         transfer.send()
-        self._clock.mark("dispatch")
+        self.clock.mark("dispatch", place)
         yield "sent"
         rows = transfer.receive()
-        self._clock.mark("dispatch")
+        self.clock.mark("dispatch", place)
         outputs_RH = run_experts(rows.rows_RH, rows.rows_of_slot, weights.experts)
-        self._clock.mark("experts")
+        self.clock.mark("experts", place)
         transfer.send_back(outputs_RH)
-        self._clock.mark("combine")
+        self.clock.mark("combine", place)
+        del rows, outputs_RH
         shared_TH = None
         if weights.shared is not None:
             shared_TH = mlp(h_TH, weights.shared)
-            self._clock.mark("shared_experts")
+            self.clock.mark("shared_experts", place)
         yield "returned"
         out_TH = transfer.receive_back()
-        self._clock.mark("combine")
+        self.clock.mark("combine", place)
         return out_TH if shared_TH is None else out_TH + shared_TH

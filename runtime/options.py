@@ -1,0 +1,25 @@
+"""What a rank is asked to run; the same on all ranks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .replicas import ReplicaChoice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The worker's options, as `launcher/worker_options.py` explains them."""
+
+    backend: str
+    sequences: int  # per rank
+    sequence_length: int
+    steps: int
+    seed: int
+    verify: bool
+    dispatcher: str = "auto"
+    micro_batches: int | None = None  # None: chosen
+    replicas: ReplicaChoice = "share"
+    dedup: bool = False
+    fp8_dispatch: bool = False
+    capacity_factor: float = 1.25
+    trace: Path | None = None  # rank 0 writes it
