@@ -170,9 +170,9 @@ def _notes(options: Options, choice: Choice, reran: int) -> Iterator[str]:
         yield f"{option} has no effect: no rows travel"
     if reran:
         yield (
-            f"{reran} of {options.steps + 1} steps (with the warm-up) had more rows than the padded "
-            "dispatcher has room for and were run again with uneven splits; the room grows each "
-            "time, or give a larger --capacity-factor"
+            f"{reran} of {options.steps + 1} steps (with the warm-up) had more rows than the "
+            "padded dispatcher has room for and were run again with uneven splits; the room grows "
+            "each time, or give a larger --capacity-factor"
         )
 
 

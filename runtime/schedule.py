@@ -189,5 +189,5 @@ def _for_memory(plan: Plan, workload: Workload) -> int:
     attention = 4 * model.attention.num_heads * model.attention.head_dim
     rows = _SKEW * model.top_k * (3 * hidden + inner)
     token_bytes = DTYPE_BYTES[model.dtype] * (6 * hidden + attention + rows)
-    fitting = max(1, int(free * _ACTIVATION_SHARE / token_bytes / _IN_FLIGHT))  # tokens
-    return min(workload.sequences, ceil(workload.tokens / fitting))
+    tokens = int(free * _ACTIVATION_SHARE / token_bytes / _IN_FLIGHT)  # of a micro-batch
+    return ceil(workload.sequences / max(1, tokens // workload.positions))
