@@ -1,0 +1,66 @@
+"""Checkpoints written by transformers give the same logits here, on 1 and on 16 ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epplan.planner.model import load_model
+from epplan.planner.plan import Plan
+from epplan.runtime.checkpoint import checkpoint_problems, open_checkpoint
+from epplan.runtime.clock import PhaseClock
+from epplan.runtime.dispatch import AllToAll
+from epplan.runtime.head import build_head
+from epplan.runtime.kv_cache import KvCache
+from epplan.runtime.model import ExpertParallelModel, build_layers
+from tests.checkpoints import CASES, make_model, make_tokens, write_checkpoint
+from tests.fork_ranks import run_ranks
+from tests.runtime_cases import make_plan
+
+CPU = torch.device("cpu")
+SEQUENCES, LENGTH, PREFILL = 16, 13, 9
+
+
+def logits_of_rank(rank: int, plan: Plan, folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits of this rank's sequences: all at once, and token by token."""
+    weights = open_checkpoint(folder, plan.model, device=CPU, dtype=torch.float32)
+    assert not checkpoint_problems(weights)
+    dispatcher = AllToAll(rank=rank, world_size=plan.world_size, slots_per_rank=plan.slots_per_rank)
+    layers = build_layers(plan, rank, weights)
+    model = ExpertParallelModel(plan.model, layers, dispatcher, PhaseClock(CPU))
+    head = build_head(weights)
+    own = tokens.chunk(plan.world_size)[rank]
+
+    def run(step: Tensor, cache: KvCache | None) -> Tensor:
+        return head.logits(model.forward(head.embed(step), cache=cache).hidden_BSH)
+
+    cache = KvCache(plan.model.num_layers)
+    steps = [own[:, :PREFILL], *torch.split(own[:, PREFILL:], 1, dim=1)]
+    return run(own, None), torch.cat([run(step, cache) for step in steps], dim=1)
+
+
+def assert_same_logits(plan: Plan, folder: Path, tokens: Tensor, expected: Tensor) -> None:
+    results: list[tuple[Tensor, Tensor]] = run_ranks(
+        logits_of_rank, plan.world_size, plan, folder, tokens
+    )
+    for at_once_or_stepwise in zip(*results, strict=True):
+        torch.testing.assert_close(torch.cat(at_once_or_stepwise), expected, rtol=1e-4, atol=1e-4)
+
+
+def reference_logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(tokens).logits
+    return logits.clone()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    reference, tokens = make_model(case), make_tokens(SEQUENCES, LENGTH)
+    folder = write_checkpoint(reference, tmp_path)
+    expected = reference_logits(reference, tokens)
+    spec = load_model(str(folder))
+    assert_same_logits(make_plan(spec, 16), folder, tokens, expected)
+    alone = make_plan(spec, 1, slots_per_rank=spec.num_experts, num_hosts=1)
+    assert_same_logits(alone, folder, tokens, expected)
