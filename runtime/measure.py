@@ -5,6 +5,7 @@ Shapes: B sequences per rank, S positions, H hidden size.
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median
 
 import torch
@@ -19,10 +20,8 @@ from .environment import Setting
 from .model import ExpertParallelModel, Step, build_layers
 from .monitor import measure_load
 from .result import PhaseTime, Result
+from .source import Source, open_source
 from .verify import Verification, verify
-from .weights import SeededWeights, seeded_hidden
-
-_ROUTING_NOTE = "routers have seeded random weights: the load is theirs, not the plan's traffic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +34,18 @@ class Options:
     steps: int
     seed: int
     verify: bool
+    checkpoint: Path | None = None
+    prompt_tokens: str | None = None  # ids, separated by commas
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens of every sequence; empty: they are seeded."""
+        return tuple(map(int, self.prompt_tokens.split(","))) if self.prompt_tokens else ()
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a sequence."""
+        return len(self.prompt) or self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,30 +63,37 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
         The result on rank 0, None on the others.
 
     Raises:
+        InputError: the checkpoint or the prompt does not fit the plan's model.
         ValueError: rows arrived that were not sent.
     """
-    weights = SeededWeights(
-        spec=plan.model, seed=options.seed, device=setting.device, dtype=setting.dtype
+    source = open_source(
+        plan.model,
+        setting,
+        checkpoint=options.checkpoint,
+        prompt=options.prompt,
+        seed=options.seed,
+        sequences=options.sequences,
+        positions=options.positions,
+        rank=rank,
     )
     clock = PhaseClock(setting.device)
-    layers = build_layers(plan, rank, weights)
+    layers = build_layers(plan, rank, source.weights)
     model = ExpertParallelModel(
         plan.model,
         layers,
         AllToAll(rank=rank, world_size=plan.world_size, slots_per_rank=plan.slots_per_rank),
         clock,
     )
-    shape = (options.sequences, options.sequence_length, plan.model.hidden_size)
-    x_BSH = seeded_hidden(options.seed, rank, shape, device=setting.device, dtype=setting.dtype)
+    x_BSH = source.hidden(rank)
     model.forward(x_BSH, check_rows=True)  # the warm-up step checks every row's way
     step, own_timing = _time_steps(model, x_BSH, options.steps, clock, setting.device)
     timings = _gather_timings(own_timing, rank, plan.world_size)
     verification = None
     if options.verify:
-        verification = verify(step, plan, layers, weights, rank)
+        verification = verify(step, plan, layers, source, rank)
     if timings is None:
         return None
-    return _result(plan, options, setting, timings, verification, step)
+    return _result(plan, options, setting, source, timings, verification, step)
 
 
 def _time_steps(
@@ -113,12 +131,13 @@ def _result(
     plan: Plan,
     options: Options,
     setting: Setting,
+    source: Source,
     timings: list[RankTiming],
     verification: Verification | None,
     step: Step,
 ) -> Result:
     load = measure_load(plan, step.counts_LWWP)
-    tokens_per_step = plan.world_size * options.sequences * options.sequence_length
+    tokens_per_step = plan.world_size * options.sequences * options.positions
     slowest_rank = [max(steps) for steps in zip(*(rank.steps for rank in timings), strict=True)]
     step_s = median(slowest_rank)
     return Result(
@@ -131,7 +150,7 @@ def _result(
         dtype=str(setting.dtype).removeprefix("torch."),
         seed=options.seed,
         sequences=options.sequences,
-        sequence_length=options.sequence_length,
+        sequence_length=options.positions,
         steps=options.steps,
         tokens_per_step=tokens_per_step,
         tokens_per_s=tokens_per_step / step_s,
@@ -145,7 +164,9 @@ def _result(
         expert_load=load.expert_load,
         rank_load=load.rank_load,
         balance=load.balance,
-        notes=(*setting.notes, _ROUTING_NOTE),
+        checkpoint=None if options.checkpoint is None else str(options.checkpoint),
+        next_tokens=source.next_tokens(step.hidden_BSH),
+        notes=(*setting.notes, *source.notes),
     )
 
 

@@ -21,7 +21,7 @@ from epplan.planner.plan import Plan
 from .dense import Disagreement, run_dense
 from .experts import fingerprint
 from .model import Layer, MoeWeights, Step
-from .weights import SeededWeights, seeded_hidden
+from .source import Source
 
 # Largest difference allowed, relative to the largest reference value. Both runs use one dtype and
 # differ in the order of sums only: over 4 to 24 layers 3e-6 was seen in float32, 3e-3 in float16
@@ -45,7 +45,7 @@ class Verification:
 
 
 def verify(
-    step: Step, plan: Plan, layers: list[Layer], weights: SeededWeights, rank: int
+    step: Step, plan: Plan, layers: list[Layer], source: Source, rank: int
 ) -> Verification | None:
     """Gather all ranks' outputs and compare them with the dense model; a collective.
 
@@ -53,7 +53,7 @@ def verify(
         step: this rank's output and choice of experts.
         plan: which expert belongs into which slot.
         layers: what this rank ran.
-        weights: what it should have run.
+        source: weights and inputs it should have run.
         rank: this process.
 
     Returns:
@@ -61,14 +61,12 @@ def verify(
     """
     hidden_WBSH = _gather(step.hidden_BSH, rank, plan.world_size)
     experts_WLTK = _gather(step.experts_LTK, rank, plan.world_size)
-    fingerprints_WLP = _gather(_fingerprints(layers, weights.device), rank, plan.world_size)
+    weights, device = source.weights, step.hidden_BSH.device
+    fingerprints_WLP = _gather(_fingerprints(layers, device), rank, plan.world_size)
     if hidden_WBSH is None or experts_WLTK is None or fingerprints_WLP is None:
         return None
-    shape, device, dtype = step.hidden_BSH.shape, weights.device, weights.dtype
-    inputs = [
-        seeded_hidden(weights.seed, source, shape, device=device, dtype=dtype)
-        for source in range(plan.world_size)
-    ]
+    inputs = [source.hidden(other) for other in range(plan.world_size)]
+    dtype = step.hidden_BSH.dtype
     experts_LTK = experts_WLTK.transpose(0, 1).flatten(1, 2)
     dense = run_dense(plan.model, weights, torch.cat(inputs), experts_LTK)
     error = _largest_difference(hidden_WBSH.flatten(0, 1), dense.hidden_BSH)
