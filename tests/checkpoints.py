@@ -93,6 +93,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": 40,
             "decoder_sparse_step": 2,
             "norm_topk_prob": True,
+            "attention_bias": True,
             "rope_parameters": _YARN,
         },
     ),
