@@ -22,6 +22,13 @@ def _number_or_auto(_: click.Context, __: click.Parameter, value: str) -> int | 
     return int(value)
 
 
+def _token_ids(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Check a list of token ids; it stays text, to be handed on."""
+    if value is not None and not all(part.isdecimal() for part in value.split(",")):
+        raise click.BadParameter(f"{value!r} is no list of token ids such as 12,7,400")
+    return value
+
+
 _OPTIONS = (
     click.option(
         "--backend",
@@ -100,6 +107,20 @@ _OPTIONS = (
         "--trace",
         type=click.Path(path_type=Path),
         help="File for a trace of the last step, to be opened in ui.perfetto.dev.",
+    ),
+    click.option(
+        "--checkpoint",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Hugging Face folder with safetensors files of the plan's model, on every host; "
+        "otherwise weights are seeded.",
+    ),
+    click.option(
+        "--prompt-tokens",
+        metavar="ID,ID,...",
+        callback=_token_ids,
+        help="Tokens of every sequence, in place of seeded ones and of --sequence-length; with "
+        "--checkpoint.",
     ),
 )
 

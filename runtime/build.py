@@ -15,12 +15,12 @@ from .model import ExpertParallelModel
 from .options import Options
 from .padded import Padded, capacity_for
 from .schedule import Choice
-from .weights import SeededWeights
+from .weights import Weights
 from .wire import Float8Wire, PlainWire, Wire
 
 
 def build_model(
-    plan: Plan, options: Options, choice: Choice, weights: SeededWeights, rank: int
+    plan: Plan, options: Options, choice: Choice, weights: Weights, rank: int
 ) -> ExpertParallelModel:
     """Return the model as `rank` runs it, on the device of its weights."""
     clock = PhaseClock(weights.device)
@@ -29,7 +29,7 @@ def build_model(
         choice.dispatcher,
         Channel(rank=rank, world_size=plan.world_size, device=weights.device, clock=clock),
         plan,
-        tokens=sequences * options.sequence_length,
+        tokens=sequences * options.positions,
         capacity_factor=options.capacity_factor,
         dedup=options.dedup,
         fp8=options.fp8_dispatch,

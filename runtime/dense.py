@@ -11,11 +11,12 @@ from torch import Tensor
 
 from epplan.planner.model import ModelSpec
 
-from .attention import attention, rms_norm
-from .experts import fingerprint, mlp
-from .router import choose, preferences, scores, weigh
+from .attention import attention, attention_step
+from .experts import fingerprint, mlp, shared_mlp
+from .norm import rms_norm
+from .router import choose, preferences, router_logits, scores, weigh
 from .routing_ties import choice_margin
-from .weights import SeededWeights
+from .weights import Weights
 
 # Scores closer than this part of their size may be ordered either way: a score moves by at most
 # its logit's error times itself. Over 24 layers of top-8 routing of 128 experts the widest tie was
@@ -53,7 +54,7 @@ class DenseRun:
 @torch.inference_mode()
 def run_dense(
     spec: ModelSpec,
-    weights: SeededWeights,
+    weights: Weights,
     x_BSH: Tensor,
     experts_LTK: Tensor,
     rounding: torch.dtype,
@@ -62,7 +63,7 @@ def run_dense(
 
     Args:
         spec: the model.
-        weights: the same seeded weights as the distributed run's.
+        weights: the same weights as the distributed run's.
         x_BSH: input hidden states; overwritten.
         experts_LTK: the distributed run's choice, followed where it is a tie.
         rounding: the coarsest dtype of the distributed run.
@@ -70,10 +71,12 @@ def run_dense(
     num_ties = 0
     disagreements: list[Disagreement] = []
     fingerprints: list[Tensor] = []
+    step = attention_step(spec, x_BSH)
     for layer in range(spec.num_layers):
-        projections = weights.attention(layer)
+        projections, gain_H = weights.attention(layer), weights.input_norm(layer)
         for x_1SH in torch.split(x_BSH, 1):  # sequence by sequence: memory stays at one of them
-            x_1SH += attention(rms_norm(x_1SH), projections, spec.attention)
+            h_1SH = rms_norm(x_1SH, gain_H, spec.norm_epsilon)
+            x_1SH += attention(h_1SH, projections, spec.attention, step, layer)
         if layer in spec.moe_layers:
             experts_TK = experts_LTK[spec.moe_layers.index(layer)]
             ties, wrong, fingerprints_E = _add_moe(
@@ -83,9 +86,9 @@ def run_dense(
             disagreements += wrong
             fingerprints.append(fingerprints_E)
         else:
-            dense = weights.dense_mlp(layer)
+            dense, gain_H = weights.dense_mlp(layer), weights.post_attention_norm(layer)
             for x_1SH in torch.split(x_BSH, 1):
-                x_1SH += mlp(rms_norm(x_1SH), dense)
+                x_1SH += mlp(rms_norm(x_1SH, gain_H, spec.norm_epsilon), dense)
     return DenseRun(
         hidden_BSH=x_BSH,
         fingerprints_LE=torch.stack(fingerprints),
@@ -96,15 +99,17 @@ def run_dense(
 
 def _add_moe(
     spec: ModelSpec,
-    weights: SeededWeights,
+    weights: Weights,
     layer: int,
     x_BSH: Tensor,
     experts_TK: Tensor,
     rounding: torch.dtype,
 ) -> tuple[int, list[Disagreement], Tensor]:
     """Add the MoE output to x_BSH; return ties, disagreements and the experts' fingerprints."""
-    h_TH = rms_norm(x_BSH).flatten(0, 1)
-    scores_TE = scores(h_TH.float() @ weights.router(layer).T, spec.router)
+    gain_H = weights.post_attention_norm(layer)
+    h_TH = rms_norm(x_BSH, gain_H, spec.norm_epsilon).flatten(0, 1)
+    logits_TE = router_logits(h_TH, weights.router(layer), weights.router_logit_bias(layer))
+    scores_TE = scores(logits_TE, spec.router)
     preferences_TE = preferences(scores_TE, weights.router_bias(layer))
     own_TK = choose(preferences_TE, spec.router, spec.top_k)
     num_ties, wrong = _follow_ties(
@@ -121,7 +126,7 @@ def _add_moe(
     out_TH = sum_TH.to(x_BSH.dtype)
     shared = weights.shared_expert(layer)
     if shared is not None:
-        out_TH = out_TH + mlp(h_TH, shared)
+        out_TH = out_TH + shared_mlp(h_TH, shared, weights.shared_gate(layer))
     x_BSH += out_TH.view_as(x_BSH)
     return num_ties, wrong, torch.stack(fingerprints)
 

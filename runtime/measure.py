@@ -24,12 +24,11 @@ from .monitor import measure_load
 from .options import Options
 from .result import PhaseTime, Result
 from .schedule import Choice, choose
+from .source import open_source
 from .trace import trace_text
 from .verify import Verification, verify
-from .weights import SeededWeights, seeded_hidden
 
 Gathered = TypeVar("Gathered")
-_ROUTING_NOTE = "routers have seeded random weights: the load is theirs, not the plan's traffic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +47,22 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
         The result on rank 0, None on the others.
 
     Raises:
+        InputError: the checkpoint, the prompt or the options do not fit the plan.
         ValueError: rows arrived that were not sent.
     """
-    weights = SeededWeights(
-        spec=plan.model, seed=options.seed, device=setting.device, dtype=setting.dtype
+    source = open_source(
+        plan.model,
+        setting,
+        checkpoint=options.checkpoint,
+        prompt=options.prompt,
+        seed=options.seed,
+        sequences=options.sequences,
+        positions=options.positions,
+        rank=rank,
     )
     choice = choose(plan, options, setting.device)
-    model = build_model(plan, options, choice, weights, rank)
-    shape = (options.sequences, options.sequence_length, plan.model.hidden_size)
-    x_BSH = seeded_hidden(options.seed, rank, shape, device=setting.device, dtype=setting.dtype)
+    model = build_model(plan, options, choice, source.weights, rank)
+    x_BSH = source.hidden(rank)
     warm_up = model.forward(x_BSH, check_rows=True)  # checks every row's way
     step, own_timing = _time_steps(model, x_BSH, options.steps, setting.device)
     timings = _gather(own_timing, rank, plan.world_size)
@@ -66,12 +72,13 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
             write_atomically(options.trace, trace_text(plan, spans))
     verification = None
     if options.verify:
-        verification = verify(step, plan, model.layers, weights, rank, float8=options.fp8_dispatch)
+        verification = verify(step, plan, model.layers, source, rank, float8=options.fp8_dispatch)
     if timings is None:
         return None
     reran = warm_up.reran + timings[0].reran
-    notes = (*setting.notes, _ROUTING_NOTE, *_notes(options, choice, reran))
-    return _result(plan, options, setting, choice, timings, verification, step, notes)
+    notes = (*setting.notes, *source.notes, *_notes(options, choice, reran))
+    next_tokens = source.next_tokens(step.hidden_BSH)
+    return _result(plan, options, setting, choice, timings, verification, step, next_tokens, notes)
 
 
 def _time_steps(
@@ -117,10 +124,11 @@ def _result(
     timings: list[RankTiming],
     verification: Verification | None,
     step: Step,
+    next_tokens: tuple[int, ...] | None,
     notes: tuple[str, ...],
 ) -> Result:
     load = measure_load(plan, step.counts_LWWP)
-    tokens_per_step = plan.world_size * options.sequences * options.sequence_length
+    tokens_per_step = plan.world_size * options.sequences * options.positions
     slowest_rank = [max(steps) for steps in zip(*(rank.steps for rank in timings), strict=True)]
     step_s = median(slowest_rank)
     return Result(
@@ -137,7 +145,7 @@ def _result(
         micro_batches_reason=choice.schedule.reason,
         seed=options.seed,
         sequences=options.sequences,
-        sequence_length=options.sequence_length,
+        sequence_length=options.positions,
         steps=options.steps,
         tokens_per_step=tokens_per_step,
         tokens_per_s=tokens_per_step / step_s,
@@ -151,6 +159,8 @@ def _result(
         expert_load=load.expert_load,
         rank_load=load.rank_load,
         balance=load.balance,
+        checkpoint=None if options.checkpoint is None else str(options.checkpoint),
+        next_tokens=next_tokens,
         notes=notes,
     )
 

@@ -8,7 +8,7 @@ wherever rows are under way, so that a schedule can let another micro-batch comp
 run alone it is a plain forward pass.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from epplan.planner.model import ModelSpec
 
-from .attention import attention, rms_norm
+from .attention import attention, attention_step
 from .clock import PhaseClock, Place
 from .dispatch import Counts, Dispatcher, Routed, Transfer, gather_counts
-from .experts import MlpWeights, mlp, run_experts
+from .experts import MlpWeights, mlp, run_experts, shared_mlp
+from .kv_cache import KvCache
 from .layers import Layer, MoeWeights
+from .norm import rms_norm
 from .pipeline import Point, Schedule, take_turns
-from .router import route
+from .router import route, router_logits
 
 _END = Place(-1, -1)  # of a step, after all layers
 
@@ -71,22 +73,33 @@ class ExpertParallelModel:
         self.schedule = schedule
         self.clock = clock
 
-    def forward(self, x_BSH: Tensor, *, check_rows: bool = False, train: bool = False) -> Step:
+    def forward(
+        self,
+        x_BSH: Tensor,
+        *,
+        caches: Sequence[KvCache] | None = None,
+        check_rows: bool = False,
+        train: bool = False,
+    ) -> Step:
         """Run this rank's sequences; a collective: every rank calls it.
 
         Args:
             x_BSH: hidden states; ranks may have different numbers of sequences, or none.
+            caches: of each micro-batch the positions already seen, which these follow; they are
+                added to it.
             check_rows: check the origin of every row that arrives.
             train: keep what gradients need.
         """
         with torch.inference_mode(not train):
             self.clock.start()
-            dispatcher = self.dispatcher
-            batches = self.run(x_BSH, dispatcher, check_rows=check_rows)
+            seen = [cache.length for cache in caches or ()]
+            batches = self.run(x_BSH, self.dispatcher, caches=caches, check_rows=check_rows)
             counts = self._gather(batches)
-            dropless = dispatcher.rerun(counts)
+            dropless = self.dispatcher.rerun(counts)
             if dropless is not None:
-                batches = self.run(x_BSH, dropless, check_rows=check_rows)
+                for cache, length in zip(caches or (), seen, strict=True):
+                    cache.truncate(length)
+                batches = self.run(x_BSH, dropless, caches=caches, check_rows=check_rows)
                 counts = self._gather(batches)
             num_ranks = counts.shape[1]
             return Step(
@@ -97,13 +110,19 @@ class ExpertParallelModel:
             )
 
     def run(
-        self, x_BSH: Tensor, dispatcher: Dispatcher, *, check_rows: bool = False
+        self,
+        x_BSH: Tensor,
+        dispatcher: Dispatcher,
+        *,
+        caches: Sequence[KvCache] | None = None,
+        check_rows: bool = False,
     ) -> list[MicroBatch]:
         """Run all micro-batches; with a padded dispatcher the host never waits."""
         parts = torch.tensor_split(x_BSH, self.schedule.micro_batches)
+        of_part: Sequence[KvCache | None] = caches or [None] * len(parts)
         batches = (
-            self._micro_batch(number, part, dispatcher, check_rows)
-            for number, part in enumerate(parts)
+            self._micro_batch(number, part, cache, dispatcher, check_rows)
+            for number, (part, cache) in enumerate(zip(parts, of_part, strict=True))
         )
         return take_turns(batches, self.schedule)
 
@@ -116,16 +135,24 @@ class ExpertParallelModel:
         return gathered
 
     def _micro_batch(
-        self, number: int, x_BSH: Tensor, dispatcher: Dispatcher, check_rows: bool
+        self,
+        number: int,
+        x_BSH: Tensor,
+        cache: KvCache | None,
+        dispatcher: Dispatcher,
+        check_rows: bool,
     ) -> Generator[Point, None, MicroBatch]:
         """Take some of the sequences through all layers."""
+        spec, step = self.spec, attention_step(self.spec, x_BSH, cache)
         choices: list[Tensor] = []
         counts: list[Counts] = []
         for index, layer in enumerate(self.layers):
             place = Place(index, number)
-            x_BSH = x_BSH + attention(rms_norm(x_BSH), layer.attention, self.spec.attention)
+            h_BSH = rms_norm(x_BSH, layer.input_norm_H, spec.norm_epsilon)
+            x_BSH = x_BSH + attention(h_BSH, layer.attention, spec.attention, step, index)
             self.clock.mark("attention", place)
-            h_TH = rms_norm(x_BSH).flatten(0, 1)
+            h_BSH = rms_norm(x_BSH, layer.post_attention_norm_H, spec.norm_epsilon)
+            h_TH = h_BSH.flatten(0, 1)
             if isinstance(layer.feed_forward, MlpWeights):
                 out_TH = mlp(h_TH, layer.feed_forward)
                 self.clock.mark("dense_mlp", place)
@@ -137,6 +164,7 @@ class ExpertParallelModel:
                         x_TH=h_TH,
                         slot_TK=slot_TK,
                         weights_TK=weights_TK,
+                        held=layer.feed_forward.held,
                         place=place,
                         check_rows=check_rows,
                     )
@@ -149,7 +177,7 @@ class ExpertParallelModel:
 
     def _route(self, h_TH: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """Return the weight and the number of each token's experts, [T, K]."""
-        logits_TE = h_TH.float() @ weights.router_EH.T
+        logits_TE = router_logits(h_TH, weights.router_EH, weights.logit_bias_E)
         return route(logits_TE, self.spec.router, self.spec.top_k, weights.bias_E)
 
     def _moe(
@@ -170,7 +198,7 @@ class ExpertParallelModel:
         del rows, outputs_RH
         shared_TH = None
         if weights.shared is not None:
-            shared_TH = mlp(h_TH, weights.shared)
+            shared_TH = shared_mlp(h_TH, weights.shared, weights.shared_gate_1H)
             self.clock.mark("shared_experts", place)
         yield "returned"
         out_TH = transfer.receive_back()

@@ -23,3 +23,15 @@ class Options:
     fp8_dispatch: bool = False
     capacity_factor: float = 1.25
     trace: Path | None = None  # rank 0 writes it
+    checkpoint: Path | None = None
+    prompt_tokens: str | None = None  # ids, separated by commas
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens of every sequence; empty: they are seeded."""
+        return tuple(map(int, self.prompt_tokens.split(","))) if self.prompt_tokens else ()
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a sequence."""
+        return len(self.prompt) or self.sequence_length

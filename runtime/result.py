@@ -50,6 +50,8 @@ class Result:
     expert_load: list[list[int]]  # [MoE layers][experts]
     rank_load: list[list[int]]  # [MoE layers][ranks]
     balance: tuple[LayerBalance, ...]
+    checkpoint: str | None = None  # None: seeded weights
+    next_tokens: tuple[int, ...] | None = None  # likeliest, after each of rank 0's sequences
     notes: tuple[str, ...]
 
 
@@ -73,6 +75,11 @@ def summary_lines(result: Result, plan: Plan) -> Iterator[str]:
     phases = (f"{name} {time.mean_s * 1e3:.1f}" for name, time in result.phases.items())
     yield f"mean ms by phase: {', '.join(phases)}"
     yield _verdict(result)
+    if result.checkpoint is not None:
+        yield f"weights of {result.checkpoint}"
+    if result.next_tokens is not None:
+        tokens = ", ".join(map(str, result.next_tokens))
+        yield f"likeliest next token of each of rank 0's sequences: {tokens}"
     yield from (f"note: {note}" for note in result.notes)
     yield ""
     yield from _layer_table(result)

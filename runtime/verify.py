@@ -22,7 +22,7 @@ from .dense import Disagreement, run_dense
 from .experts import fingerprint
 from .layers import Layer, MoeWeights
 from .model import Step
-from .weights import SeededWeights, seeded_hidden
+from .source import Source
 
 # Largest difference allowed, relative to the largest reference value. Both runs use one dtype and
 # differ in the order of sums only: over 4 to 24 layers 3e-6 was seen in float32, 3e-3 in float16
@@ -55,7 +55,7 @@ def verify(
     step: Step,
     plan: Plan,
     layers: list[Layer],
-    weights: SeededWeights,
+    source: Source,
     rank: int,
     *,
     float8: bool = False,
@@ -66,7 +66,7 @@ def verify(
         step: this rank's output and choice of experts.
         plan: which expert belongs into which slot.
         layers: what this rank ran.
-        weights: what it should have run.
+        source: weights and inputs it should have run.
         rank: this process.
         float8: whether rows travelled as 8-bit numbers, which rounds them.
 
@@ -75,14 +75,12 @@ def verify(
     """
     hidden_WBSH = _gather(step.hidden_BSH, rank, plan.world_size)
     experts_WLTK = _gather(step.experts_LTK, rank, plan.world_size)
-    fingerprints_WLP = _gather(_fingerprints(layers, weights.device), rank, plan.world_size)
+    weights, device = source.weights, step.hidden_BSH.device
+    fingerprints_WLP = _gather(_fingerprints(layers, device), rank, plan.world_size)
     if hidden_WBSH is None or experts_WLTK is None or fingerprints_WLP is None:
         return None
-    shape, device, dtype = step.hidden_BSH.shape, weights.device, weights.dtype
-    inputs = [
-        seeded_hidden(weights.seed, source, shape, device=device, dtype=dtype)
-        for source in range(plan.world_size)
-    ]
+    inputs = [source.hidden(other) for other in range(plan.world_size)]
+    dtype = step.hidden_BSH.dtype
     experts_LTK = experts_WLTK.transpose(0, 1).flatten(1, 2)
     rounding = torch.float8_e4m3fn if float8 else dtype
     dense = run_dense(plan.model, weights, torch.cat(inputs), experts_LTK, rounding)
