@@ -201,6 +201,8 @@ class ModelSpec(BaseModel):
             raise ValueError("attention of kind mla needs kv_lora_rank and qk_nope_head_dim")
         if attention.kind == "mla" and (attention.sinks or attention.qk_norm):
             raise ValueError("attention of kind mla has neither sinks nor qk_norm")
+        if attention.kind == "gqa" and attention.rope_interleaved:
+            raise ValueError("rope_interleaved is of attention of kind mla only")
         if not self.gated and (self.expert_bias or self.swiglu_limit):
             raise ValueError("expert_bias and swiglu_limit need gated experts")
         if self.shared_gate and not self.shared_ffn_size:

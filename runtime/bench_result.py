@@ -145,8 +145,9 @@ def _phase_lines(phase: PhaseResult) -> Iterator[str]:
         yield f"  mean ms by part: {', '.join(parts)}"
     yield (
         f"  {phase.gemm_share:.1%} of the product ceiling "
-        f"({phase.gemm_ceiling_flop_per_s / 1e12:,.3g} TFLOP/s), {phase.copy_share:.1%} of the copy "
-        f"ceiling ({phase.copy_ceiling_bytes_per_s / 1e9:,.4g} GB/s)"
+        f"({phase.gemm_ceiling_flop_per_s / 1e12:,.3g} TFLOP/s), "
+        f"{phase.copy_share:.1%} of the copy ceiling "
+        f"({phase.copy_ceiling_bytes_per_s / 1e9:,.4g} GB/s)"
     )
 
 

@@ -336,16 +336,12 @@ def _phases(options: BenchOptions) -> tuple[Phase, ...]:
 
 
 def _weights(spec: ModelSpec, options: BenchOptions, setting: Setting) -> SeededWeights:
-    return SeededWeights(
-        spec=spec, seed=options.seed, device=setting.device, dtype=setting.dtype
-    )
+    return SeededWeights(spec=spec, seed=options.seed, device=setting.device, dtype=setting.dtype)
 
 
 def _hidden(options: BenchOptions, weights: SeededWeights, rank: int, phase: Phase) -> Tensor:
     shape = (options.sequences, options.positions(phase), weights.spec.hidden_size)
-    return seeded_hidden(
-        options.seed, rank, shape, device=weights.device, dtype=weights.dtype
-    )
+    return seeded_hidden(options.seed, rank, shape, device=weights.device, dtype=weights.dtype)
 
 
 def _caches(

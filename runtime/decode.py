@@ -27,7 +27,7 @@ class DecodeGraph:
 
     def __init__(self, step: Callable[[Tensor], Tensor], x_B1H: Tensor) -> None:
         self._x_B1H = x_B1H.clone()
-        beside = torch.cuda.Stream(x_B1H.device)
+        beside = torch.cuda.Stream(x_B1H.device)  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode(), torch.cuda.stream(beside):
             for _ in range(_WARM_UP):

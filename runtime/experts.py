@@ -98,15 +98,17 @@ def run_experts(
         rows_of_slot: how many they are, [P].
         experts: by slot, [P]; None is an empty slot, which has no rows.
     """
+    if len(experts) == 1 and experts[0] is not None:
+        return mlp(rows_RH, experts[0])
     present = [expert for expert in experts if expert is not None]
-    if len(present) == 1:
-        return mlp(rows_RH, present[0])
-    grouped = _as_group(present)
-    if grouped is not None and _groups_are_faster(rows_RH, present):
+    if len(present) > 1 and _groups_are_faster(rows_RH, present):
         rows_of_expert = [
             rows for rows, expert in zip(rows_of_slot, experts, strict=True) if expert is not None
         ]
-        return _run_grouped(rows_RH, rows_of_expert, grouped)
+        grouped = _as_group(present)
+        # A padded dispatcher's empty slots have rows too.
+        if grouped is not None and sum(rows_of_expert) == len(rows_RH):
+            return _run_grouped(rows_RH, rows_of_expert, grouped)
     parts = torch.split(rows_RH, list(rows_of_slot))
     if torch.is_grad_enabled():
         outputs = [

@@ -7,7 +7,8 @@ the model's; it is for timing only, and its host never waits for the device.
 Shapes: T tokens, K experts per token, N = T x K rows, P slots, H hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class OneRank(Dispatcher):
         held: which slots hold an expert, by MoE layer number, [P].
     """
 
-    def __init__(self, held: dict[int, Sequence[bool]]) -> None:
+    def __init__(self, held: Mapping[int, Sequence[bool]]) -> None:
         # No channel: nothing is sent.
         self._held = held
 
@@ -46,7 +47,7 @@ class _OneRankTransfer(Transfer):
         """Return the rows, spread evenly over the slots that hold an expert."""
         num_rows, num_held = len(self._rows_NH), sum(self._held)
         ends = [num_rows * number // num_held for number in range(num_held + 1)]
-        shares = iter([end - begin for begin, end in zip(ends, ends[1:], strict=False)])
+        shares = iter([end - begin for begin, end in pairwise(ends)])
         rows_of_slot = [next(shares) if is_held else 0 for is_held in self._held]
         return SlotRows(rows_RH=self._rows_NH, rows_of_slot=rows_of_slot)
 

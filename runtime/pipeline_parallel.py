@@ -19,7 +19,7 @@ from torch import Tensor
 from epplan.errors import InputError
 from epplan.planner.model import ModelSpec
 
-from .clock import PhaseClock
+from .clock import PhaseClock, Place
 from .filled_cache import filled_cache
 from .kv_cache import KvCache
 from .tensor_parallel import (
@@ -170,7 +170,7 @@ class PipelineParallelModel:
         outputs = take_turns(micro_batches, _IN_FLIGHT if overlap else 1)
         for work in sending:
             work.wait()
-        self._clock.mark("transfer")
+        self._clock.mark("transfer", Place(-1, -1))
         is_last = self._stage_number == self._grid.stages - 1
         by_layer = zip(*(output.experts_LTK for output in outputs), strict=True)
         return BaselineStep(
@@ -183,7 +183,7 @@ class PipelineParallelModel:
     ) -> Generator[None, None, StageOutput]:
         if self._stage_number > 0:
             x_BSH = yield from self._receive(number, x_BSH.shape)
-        output = yield from self._stage.micro_batch(x_BSH, cache)
+        output = yield from self._stage.micro_batch(number, x_BSH, cache)
         if self._stage_number < self._grid.stages - 1:
             slice_BSh = self._shard.of(output.hidden_BSH, dim=2)
             # The work holds the slice until it is sent.
@@ -201,7 +201,7 @@ class PipelineParallelModel:
         assert work is not None
         yield
         work.wait()
-        return (yield from self._stage.gather(slice_BSh))
+        return (yield from self._stage.gather(slice_BSh, Place(-1, number)))
 
 
 def split_sequences(x_BSH: Tensor, num_parts: int) -> list[Tensor]:

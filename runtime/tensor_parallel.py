@@ -11,7 +11,6 @@ tokens and hold a slice of every expert: rows never travel, but two sums do in e
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,10 +18,11 @@ from epplan.errors import InputError
 from epplan.planner.model import AttentionSpec, ModelSpec
 
 from .attention import attention, attention_step
-from .clock import PhaseClock
+from .clock import PhaseClock, Place
 from .experts import MlpWeights, mlp, run_experts, shared_mlp
 from .kv_cache import KvCache
 from .norm import rms_norm
+from .order import count, inverse, weighted_sum
 from .router import route, router_logits
 from .weights import Weights
 
@@ -197,6 +197,7 @@ class TensorParallelStage:
         clock: PhaseClock,
     ) -> None:
         self._spec = spec
+        self._numbers = numbers
         self.attention = shard_attention_spec(spec.attention, shard.size, numbers)
         self.layers = layers
         self._shard = shard
@@ -204,11 +205,12 @@ class TensorParallelStage:
         self._clock = clock
 
     def micro_batch(
-        self, x_BSH: Tensor, cache: KvCache | None
+        self, number: int, x_BSH: Tensor, cache: KvCache | None
     ) -> Generator[None, None, StageOutput]:
         """Run some sequences through the stage's layers; yields while a sum is under way.
 
         Args:
+            number: of the micro-batch.
             x_BSH: hidden states.
             cache: of these sequences in the stage's layers, numbered from 0.
         """
@@ -216,21 +218,22 @@ class TensorParallelStage:
         epsilon = self._spec.norm_epsilon
         choices: list[Tensor] = []
         for ordinal, layer in enumerate(self.layers):
+            place = Place(self._numbers[ordinal], number)
             h_BSH = rms_norm(x_BSH, layer.input_norm_H, epsilon)
             part_BSH = attention(h_BSH, layer.attention, self.attention, step, ordinal)
-            self._clock.mark("attention")
-            x_BSH = x_BSH + (yield from self._sum(part_BSH))
+            self._clock.mark("attention", place)
+            x_BSH = x_BSH + (yield from self._sum(part_BSH, place))
             h_TH = rms_norm(x_BSH, layer.post_attention_norm_H, epsilon).flatten(0, 1)
             if isinstance(layer.feed_forward, MlpWeights):
                 part_TH = mlp(h_TH, layer.feed_forward)
-                self._clock.mark("dense_mlp")
+                self._clock.mark("dense_mlp", place)
             else:
-                part_TH, experts_TK = self._moe(h_TH, layer.feed_forward)
+                part_TH, experts_TK = self._moe(h_TH, layer.feed_forward, place)
                 choices.append(experts_TK)
-            x_BSH = x_BSH + (yield from self._sum(part_TH)).view_as(x_BSH)
+            x_BSH = x_BSH + (yield from self._sum(part_TH, place)).view_as(x_BSH)
         return StageOutput(hidden_BSH=x_BSH, experts_LTK=choices)
 
-    def gather(self, slice_BSh: Tensor) -> Generator[None, None, Tensor]:
+    def gather(self, slice_BSh: Tensor, place: Place) -> Generator[None, None, Tensor]:
         """Return [B, S, H], of which every shard has h = H / size columns."""
         size = self._shard.size
         gathered = slice_BSh.new_empty(size * slice_BSh.numel())
@@ -239,40 +242,35 @@ class TensorParallelStage:
         work = all_gather(gathered, slice_BSh.flatten(), group=self._group, async_op=True)
         yield
         work.wait()
-        self._clock.mark("transfer")
+        self._clock.mark("transfer", place)
         return gathered.view(size, *slice_BSh.shape).movedim(0, 2).flatten(2)
 
-    def _sum(self, part: Tensor) -> Generator[None, None, Tensor]:
+    def _sum(self, part: Tensor, place: Place) -> Generator[None, None, Tensor]:
         """Return the sum of all shards' parts."""
         part = part.contiguous()
         work = dist.all_reduce(part, group=self._group, async_op=True)
         yield
         assert work is not None
         work.wait()
-        self._clock.mark("all_reduce")
+        self._clock.mark("all_reduce", place)
         return part
 
-    def _moe(self, h_TH: Tensor, weights: ShardedMoe) -> tuple[Tensor, Tensor]:
+    def _moe(self, h_TH: Tensor, weights: ShardedMoe, place: Place) -> tuple[Tensor, Tensor]:
         """Return this shard's part of the layer's output, and the choice of experts."""
         spec = self._spec
         logits_TE = router_logits(h_TH, weights.router_EH, weights.logit_bias_E)
         weights_TK, experts_TK = route(logits_TE, spec.router, spec.top_k, weights.bias_E)
-        self._clock.mark("route")
+        self._clock.mark("route", place)
         expert_N = experts_TK.flatten()
         sort_N = expert_N.argsort(stable=True)
         # Device-to-host sync: the products' sizes are host numbers.
-        rows_of_expert = torch.bincount(expert_N, minlength=spec.num_experts).tolist()
+        rows_of_expert = count(expert_N, spec.num_experts).tolist()
         rows_NH = run_experts(h_TH[sort_N // spec.top_k], rows_of_expert, weights.experts)
-        home_NH = torch.empty_like(rows_NH).index_copy_(0, sort_N, rows_NH)
-        home_TKH = home_NH.view(*experts_TK.shape, -1)
-        sum_TH = home_TKH[:, 0].float() * weights_TK[:, :1]
-        for choice in range(1, spec.top_k):
-            sum_TH += home_TKH[:, choice] * weights_TK[:, choice, None]
-        part_TH = sum_TH.to(h_TH.dtype)
-        self._clock.mark("experts")
+        part_TH = weighted_sum(rows_NH, inverse(sort_N).view_as(experts_TK), weights_TK)
+        self._clock.mark("experts", place)
         if weights.shared is not None:
             part_TH = part_TH + shared_mlp(h_TH, weights.shared, weights.shared_gate_1H)
-            self._clock.mark("shared_experts")
+            self._clock.mark("shared_experts", place)
         return part_TH, experts_TK
 
 

@@ -223,6 +223,15 @@ def seeded_hidden(
     return hidden
 
 
+def seeded_tokens(
+    seed: int, rank: int, shape: tuple[int, int], vocabulary: int, *, device: torch.device
+) -> Tensor:
+    """Return the input tokens of a rank, [sequences, positions], int64."""
+    keys = _keys(f"{seed}/tokens/{rank}")
+    words = torch.arange(math.prod(shape), dtype=torch.int32, device=device)
+    return (_hash(words, keys).long() % vocabulary).view(shape)
+
+
 def seeded_tensor(
     key: str, shape: Sequence[int], *, std: float, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -233,7 +242,7 @@ def seeded_tensor(
         shape: of fewer than 2**31 elements.
         std: standard deviation.
     """
-    keys = struct.unpack("<3i", hashlib.blake2b(key.encode(), digest_size=12).digest())
+    keys = _keys(key)
     flat = torch.empty(math.prod(shape), device=device, dtype=dtype)
     assert flat.numel() < 1 << 31, (key, shape)
     scale = std * math.sqrt(3) / 2**31  # uniform on [-a, a] has standard deviation a / sqrt(3)
@@ -243,6 +252,10 @@ def seeded_tensor(
         words = torch.arange(first, last, dtype=torch.int32, device=device)
         flat[first:last] = _hash(words, keys).to(torch.float32).mul_(scale)
     return flat.view(*shape)
+
+
+def _keys(key: str) -> tuple[int, ...]:
+    return struct.unpack("<3i", hashlib.blake2b(key.encode(), digest_size=12).digest())
 
 
 def _hash(words: Tensor, keys: Sequence[int]) -> Tensor:

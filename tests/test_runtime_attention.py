@@ -46,6 +46,7 @@ DEEPSEEK = {"rope_theta": 100.0, "q_lora_rank": 8, "qkv_bias": True, "output_bia
 SPECS = [
     GQA,
     GQA.model_copy(update={"num_kv_heads": 4}),
+    AttentionSpec(num_heads=16, num_kv_heads=16, head_dim=512),  # the reference model's
     GQA.model_copy(update={"window": 3, "window_layers": (LAYER + 1,)}),
     GQA.model_copy(update=QWEN),
     GQA.model_copy(update=GPT_OSS),

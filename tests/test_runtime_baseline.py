@@ -96,7 +96,7 @@ def test_baseline_equals_the_dense_model(
 ) -> None:
     outputs = run_ranks(run, grid.world_size, spec, grid, num_micro_batches, overlap, prompt)
     choices = torch.stack([choice for stage in outputs[:: grid.shards] for choice in stage[1]])
-    dense = run_dense(spec, make_weights(spec), make_input(spec), choices)
+    dense = run_dense(spec, make_weights(spec), make_input(spec), choices, torch.float32)
     assert dense.disagreements == ()
     for hidden, _ in outputs[: -grid.shards]:
         assert hidden is None

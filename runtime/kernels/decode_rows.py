@@ -169,9 +169,7 @@ def _route_best(h, router, weights, experts, H, E: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _batch_rows(
-    x, slot, rows, place, num_rows, H, top_k, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _batch_rows(x, slot, rows, place, num_rows, H, top_k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     row_N = tl.arange(0, ROWS)
     column_H = tl.arange(0, BLOCK)
