@@ -3,10 +3,10 @@
 Shapes: T tokens, K experts per token, N = T x K rows, H hidden size.
 """
 
-import torch
 from torch import Tensor
 
 from .order import inverse, weighted_sum
+from .own_kernels import can_run_kernels
 
 _MAX_ROWS = 1024  # every program compares its row with all others
 
@@ -15,7 +15,7 @@ def batch(x_TH: Tensor, slot_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows_NH sorted by slot, then by token; and which of them each choice is, [T, K]."""
     slot_N = slot_TK.flatten()
     top_k = slot_TK.shape[1]
-    if len(slot_N) <= _MAX_ROWS and has_kernels(x_TH):
+    if len(slot_N) <= _MAX_ROWS and can_run_kernels(x_TH):
         from .kernels.decode_rows import batch_rows
 
         rows_NH, place_N = batch_rows(x_TH, slot_N, top_k)
@@ -26,19 +26,8 @@ def batch(x_TH: Tensor, slot_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_up(rows_NH: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Return each token's rows added up by weight, [T, H], as `order.weighted_sum` does."""
-    if has_kernels(rows_NH):
+    if can_run_kernels(rows_NH):
         from .kernels.decode_rows import add_up_rows
 
         return add_up_rows(rows_NH, place_TK, weights_TK)
     return weighted_sum(rows_NH, place_TK, weights_TK)
-
-
-def has_kernels(x: Tensor) -> bool:
-    """Return whether this project's kernels can run on x; none of them has a backward pass."""
-    if not x.is_cuda or torch.is_grad_enabled():
-        return False
-    try:
-        from .kernels.launch import has_hopper
-    except (ImportError, AttributeError):  # no Triton, or one older than 3.6
-        return False
-    return has_hopper(x.device)

@@ -26,7 +26,7 @@ from .dispatch import Dispatcher
 from .environment import Setting, choose_setting
 from .filled_cache import filled_cache
 from .kv_cache import KvCache
-from .layers import Layer, MoeWeights, build_layers
+from .layers import Layer, build_layers
 from .model import ExpertParallelModel
 from .one_rank import OneRank
 from .pipeline import Schedule
@@ -116,15 +116,10 @@ def one_rank_job(
 ) -> Job:
     """Return one rank's step with its experts and no transfers."""
     spec, device = weights.spec, weights.device
-    held = {
-        number: layer.feed_forward.held
-        for number, layer in enumerate(layers)
-        if isinstance(layer.feed_forward, MoeWeights)
-    }
     parts = options.micro_batches or 1
     schedule = Schedule(micro_batches=parts, in_flight=1, turns=frozenset(), reason="one rank")
     clock = PhaseClock(device)
-    dispatcher = OneRank(held)
+    dispatcher = OneRank()
     model = ExpertParallelModel(spec, layers, dispatcher, schedule, clock)
     x_BSH = _hidden(options, weights, 0, phase)
     caches = _caches(options, weights, phase, parts)

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adjacent import adjacent
+from .linear import linear, linear_gelu
+
 # Rows of an expert from which one grouped product beats a product for each expert, by elements of
 # one of its matrices; bfloat16, two matrices. One H200, torch 2.11, milliseconds loop / grouped:
 #   rows each                64           128          256          512          1024
@@ -59,13 +62,14 @@ def mlp(x_RH: Tensor, weights: MlpWeights, out_RH: Tensor | None = None) -> Tens
         weights: of the MLP.
         out_RH: where to put the output; without gradients only.
     """
-    up_RF = F.linear(x_RH, weights.up_FH, weights.up_bias_F)
-    gate_RF = None
-    if weights.gate_FH is not None:
-        gate_RF = F.linear(x_RH, weights.gate_FH, weights.gate_bias_F)
-    inner_RF = _activate(up_RF, gate_RF, weights)
+    if weights.gate_FH is None:
+        inner_RF = linear_gelu(x_RH, weights.up_FH, weights.up_bias_F)
+    else:
+        up_RF = linear(x_RH, weights.up_FH, weights.up_bias_F)
+        gate_RF = linear(x_RH, weights.gate_FH, weights.gate_bias_F)
+        inner_RF = _activate(up_RF, gate_RF, weights)
     if out_RH is None:
-        return F.linear(inner_RF, weights.down_HF, weights.down_bias_H)
+        return linear(inner_RF, weights.down_HF, weights.down_bias_H)
     if weights.down_bias_H is None:
         return torch.mm(inner_RF, weights.down_HF.T, out=out_RH)
     return torch.addmm(weights.down_bias_H, inner_RF, weights.down_HF.T, out=out_RH)
@@ -179,24 +183,18 @@ def _as_group(experts: Sequence[MlpWeights]) -> MlpWeights | None:
     """Return all experts as one set of [P, out, in] tensors; None where they lie apart."""
     if not _can_be_grouped(experts[0]):
         return None
-    up = _adjacent([expert.up_FH for expert in experts])
-    down = _adjacent([expert.down_HF for expert in experts])
+    up = _stacked([expert.up_FH for expert in experts])
+    down = _stacked([expert.down_HF for expert in experts])
     gates = [expert.gate_FH for expert in experts if expert.gate_FH is not None]
-    gate = _adjacent(gates) if gates else None
+    gate = _stacked(gates) if gates else None
     if up is None or down is None or (gates and gate is None):
         return None
     return MlpWeights(gate_FH=gate, up_FH=up, down_HF=down)
 
 
-def _adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
-    first = tensors[0]
-    size = first.numel() * first.itemsize
-    for number, tensor in enumerate(tensors):
-        is_next = tensor.data_ptr() == first.data_ptr() + number * size
-        same_storage = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (is_next and same_storage and tensor.is_contiguous()):
-            return None
-    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    joined = adjacent(tensors)
+    return None if joined is None else joined.view(len(tensors), *tensors[0].shape)
 
 
 def _run_grouped(rows_RH: Tensor, rows_of_expert: Sequence[int], group: MlpWeights) -> Tensor:

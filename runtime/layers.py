@@ -12,7 +12,8 @@ from torch import Tensor
 
 from epplan.planner.plan import Plan
 
-from .experts import MlpWeights
+from .attention import join_projections
+from .experts import MlpWeights, stack_experts
 from .replicas import ReplicaChoice, Replicas, replicas_of_rank
 from .weights import Weights
 
@@ -60,7 +61,7 @@ def build_layers(
     return [
         Layer(
             input_norm_H=weights.input_norm(layer),
-            attention=weights.attention(layer),
+            attention=join_projections(weights.attention(layer)),
             post_attention_norm_H=weights.post_attention_norm(layer),
             feed_forward=(
                 _build_moe(plan, ordinals[layer], rank, weights, replicas)
@@ -83,7 +84,7 @@ def _build_moe(
         logit_bias_E=weights.router_logit_bias(layer),
         bias_E=weights.router_bias(layer),
         replicas=replicas_of_rank(plan, ordinal, rank, replicas, weights.device),
-        experts=tuple(None if e is None else weights.expert(layer, e) for e in own),
+        experts=stack_experts([None if e is None else weights.expert(layer, e) for e in own]),
         shared=weights.shared_expert(layer),
         shared_gate_1H=weights.shared_gate(layer),
     )

@@ -22,9 +22,9 @@ from .dispatch import Counts, Dispatcher, Routed, Transfer, gather_counts
 from .experts import MlpWeights, mlp, run_experts, shared_mlp
 from .kv_cache import KvCache
 from .layers import Layer, MoeWeights
-from .norm import rms_norm
+from .norm import add_rms_norm
 from .pipeline import Point, Schedule, take_turns
-from .router import route, router_logits
+from .router import route_tokens
 
 _END = Place(-1, -1)  # of a step, after all layers
 
@@ -146,12 +146,14 @@ class ExpertParallelModel:
         spec, step = self.spec, attention_step(self.spec, x_BSH, cache)
         choices: list[Tensor] = []
         counts: list[Counts] = []
+        out_BSH: Tensor | None = None  # of the layer before, added where the next norm is taken
         for index, layer in enumerate(self.layers):
             place = Place(index, number)
-            h_BSH = rms_norm(x_BSH, layer.input_norm_H, spec.norm_epsilon)
-            x_BSH = x_BSH + attention(h_BSH, layer.attention, spec.attention, step, index)
+            x_BSH, h_BSH = add_rms_norm(x_BSH, out_BSH, layer.input_norm_H, spec.norm_epsilon)
+            out_BSH = attention(h_BSH, layer.attention, spec.attention, step, index)
             self.clock.mark("attention", place)
-            h_BSH = rms_norm(x_BSH, layer.post_attention_norm_H, spec.norm_epsilon)
+            gain_H = layer.post_attention_norm_H
+            x_BSH, h_BSH = add_rms_norm(x_BSH, out_BSH, gain_H, spec.norm_epsilon)
             h_TH = h_BSH.flatten(0, 1)
             if isinstance(layer.feed_forward, MlpWeights):
                 out_TH = mlp(h_TH, layer.feed_forward)
@@ -172,13 +174,21 @@ class ExpertParallelModel:
                 out_TH = yield from self._moe(h_TH, transfer, layer.feed_forward, place)
                 choices.append(experts_TK)
                 counts.append(transfer.counts)
-            x_BSH = x_BSH + out_TH.view_as(x_BSH)
+            out_BSH = out_TH.view_as(x_BSH)
+        if out_BSH is not None:
+            x_BSH = x_BSH + out_BSH
         return MicroBatch(hidden_BSH=x_BSH, experts_LTK=torch.stack(choices), counts=counts)
 
     def _route(self, h_TH: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """Return the weight and the number of each token's experts, [T, K]."""
-        logits_TE = router_logits(h_TH, weights.router_EH, weights.logit_bias_E)
-        return route(logits_TE, self.spec.router, self.spec.top_k, weights.bias_E)
+        return route_tokens(
+            h_TH,
+            weights.router_EH,
+            weights.logit_bias_E,
+            self.spec.router,
+            self.spec.top_k,
+            weights.bias_E,
+        )
 
     def _moe(
         self, h_TH: Tensor, transfer: Transfer, weights: MoeWeights, place: Place

@@ -7,7 +7,6 @@ the model's; it is for timing only, and its host never waits for the device.
 Shapes: T tokens, K experts per token, N = T x K rows, P slots, H hidden size.
 """
 
-from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,24 +17,19 @@ from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer
 
 
 class OneRank(Dispatcher):
-    """Hands a rank its own rows.
+    """Hands a rank its own rows."""
 
-    Args:
-        held: which slots hold an expert, by MoE layer number, [P].
-    """
-
-    def __init__(self, held: Mapping[int, Sequence[bool]]) -> None:
-        # No channel: nothing is sent.
-        self._held = held
+    def __init__(self) -> None:
+        """Without a channel: nothing is sent."""
 
     def begin(self, routed: Routed) -> Transfer:
         """Sort the rows by slot."""
-        return _OneRankTransfer(routed, self._held[routed.place.layer])
+        return _OneRankTransfer(routed)
 
 
 class _OneRankTransfer(Transfer):
-    def __init__(self, routed: Routed, held: Sequence[bool]) -> None:
-        self._held = held
+    def __init__(self, routed: Routed) -> None:
+        self._held = routed.held
         self._weights_TK = routed.weights_TK
         self._rows_NH, self._place_TK = batch(routed.x_TH, routed.slot_TK)
         self.counts = Counts(own_S=torch.empty(0, dtype=torch.int64))  # nobody asks

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from epplan.planner.model import RouterSpec
 
+from .own_kernels import can_run_kernels
+
+_SHORT_STEP = 256  # tokens; each reads the router's weights by itself
+
 
 def route(
     logits_TE: Tensor, spec: RouterSpec, top_k: int, bias_E: Tensor | None = None
@@ -31,6 +35,23 @@ def route(
     scores_TE = scores(logits_TE, spec)
     experts_TK = choose(preferences(scores_TE, bias_E), spec, top_k)
     return weigh(scores_TE, experts_TK, spec), experts_TK
+
+
+def route_tokens(
+    h_TH: Tensor,
+    router_EH: Tensor,
+    logit_bias_E: Tensor | None,
+    spec: RouterSpec,
+    top_k: int,
+    bias_E: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `route` makes of the hidden states' logits."""
+    plain = spec == RouterSpec(renormalize=False) and logit_bias_E is None and bias_E is None
+    if plain and top_k == 1 and len(h_TH) <= _SHORT_STEP and can_run_kernels(h_TH):
+        from .kernels.decode_rows import route_best
+
+        return route_best(h_TH, router_EH)
+    return route(router_logits(h_TH, router_EH, logit_bias_E), spec, top_k, bias_E)
 
 
 def router_logits(h_TH: Tensor, router_EH: Tensor, bias_E: Tensor | None) -> Tensor:

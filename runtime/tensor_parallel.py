@@ -17,9 +17,9 @@ from torch import Tensor
 from epplan.errors import InputError
 from epplan.planner.model import AttentionSpec, ModelSpec
 
-from .attention import attention, attention_step
+from .attention import attention, attention_step, join_projections
 from .clock import PhaseClock, Place
-from .experts import MlpWeights, mlp, run_experts, shared_mlp
+from .experts import MlpWeights, mlp, run_experts, shared_mlp, stack_experts
 from .kv_cache import KvCache
 from .norm import rms_norm
 from .order import count, inverse, weighted_sum
@@ -134,7 +134,7 @@ class ShardedMoe:
     router_EH: Tensor  # float32, whole
     logit_bias_E: Tensor | None
     bias_E: Tensor | None
-    experts: tuple[MlpWeights, ...]  # [E]
+    experts: tuple[MlpWeights | None, ...]  # [E], none of them None
     shared: MlpWeights | None
     shared_gate_1H: Tensor | None
 
@@ -155,7 +155,9 @@ def build_shard(weights: Weights, numbers: range, shard: Shard) -> list[ShardedL
     return [
         ShardedLayer(
             input_norm_H=weights.input_norm(number),
-            attention=shard_attention(weights.attention(number), spec.attention, shard),
+            attention=join_projections(
+                shard_attention(weights.attention(number), spec.attention, shard)
+            ),
             post_attention_norm_H=weights.post_attention_norm(number),
             feed_forward=(
                 _build_moe(weights, number, shard)
@@ -281,7 +283,9 @@ def _build_moe(weights: Weights, number: int, shard: Shard) -> ShardedMoe:
         router_EH=weights.router(number),
         logit_bias_E=weights.router_logit_bias(number),
         bias_E=weights.router_bias(number),
-        experts=tuple(shard_mlp(weights.expert(number, expert), shard) for expert in experts),
+        experts=stack_experts(
+            [shard_mlp(weights.expert(number, expert), shard) for expert in experts]
+        ),
         shared=None if shared is None else shard_mlp(shared, shard),
         shared_gate_1H=weights.shared_gate(number),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
-from epplan.runtime import build, experts, model
+from epplan.runtime import build, experts, router
 from epplan.runtime.build import build_model
 from epplan.runtime.dense import run_dense
 from epplan.runtime.environment import Setting
@@ -228,7 +228,7 @@ def run_with_misrouted_token(rank: int, plan: Plan) -> Result | None:
             experts_TK[7] = logits_TE[7].topk(2).indices[1]
         return weights_TK, experts_TK
 
-    with patch.object(model, "route", misroute):
+    with patch.object(router, "route", misroute):
         return run(rank, plan)
 
 

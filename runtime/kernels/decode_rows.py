@@ -18,6 +18,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return x + delta, and that scaled to unit RMS, times the gain."""
     width = x_TH.shape[-1]
+    x_TH = x_TH.contiguous()
+    delta_TH = None if delta_TH is None else delta_TH.contiguous()
     sum_TH = x_TH if delta_TH is None else torch.empty_like(x_TH)
     normed_TH = torch.empty_like(x_TH)
     _add_rms_norm[(x_TH.numel() // width,)](
