@@ -1,11 +1,11 @@
-"""Rows sorted by slot, and added up by token; by one kernel each where steps are short.
+"""Rows sorted by slot; by one kernel where steps are short.
 
 Shapes: T tokens, K experts per token, N = T x K rows, H hidden size.
 """
 
 from torch import Tensor
 
-from .order import inverse, weighted_sum
+from .order import inverse
 from .own_kernels import can_run_kernels
 
 _MAX_ROWS = 1024  # every program compares its row with all others
@@ -22,12 +22,3 @@ def batch(x_TH: Tensor, slot_TK: Tensor) -> tuple[Tensor, Tensor]:
         return rows_NH, place_N.view_as(slot_TK)
     sort_N = slot_N.argsort(stable=True)
     return x_TH.index_select(0, sort_N // top_k), inverse(sort_N).view_as(slot_TK)
-
-
-def add_up(rows_NH: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Return each token's rows added up by weight, [T, H], as `order.weighted_sum` does."""
-    if can_run_kernels(rows_NH):
-        from .kernels.decode_rows import add_up_rows
-
-        return add_up_rows(rows_NH, place_TK, weights_TK)
-    return weighted_sum(rows_NH, place_TK, weights_TK)

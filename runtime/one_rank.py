@@ -12,8 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .batching import add_up, batch
+from .batching import batch
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer
+from .order import weighted_sum
 
 
 class OneRank(Dispatcher):
@@ -51,4 +52,4 @@ class _OneRankTransfer(Transfer):
 
     def receive_back(self) -> Tensor:
         """Add up the outputs."""
-        return add_up(self._rows_NH, self._place_TK, self._weights_TK)
+        return weighted_sum(self._rows_NH, self._place_TK, self._weights_TK)

@@ -15,6 +15,7 @@ from epplan.planner.model import RouterSpec
 
 from .own_kernels import can_run_kernels
 
+_MOST_EXPERTS = 64  # whose logits a program holds; with more, torch's product is a large one
 _SHORT_STEP = 256  # tokens; each reads the router's weights by itself
 
 
@@ -56,6 +57,10 @@ def route_tokens(
 
 def router_logits(h_TH: Tensor, router_EH: Tensor, bias_E: Tensor | None) -> Tensor:
     """Return logits_TE of hidden states, float32."""
+    if bias_E is None and len(router_EH) <= _MOST_EXPERTS and can_run_kernels(h_TH):
+        from .kernels.router_logits import router_logits as router_logits_kernel
+
+        return router_logits_kernel(h_TH, router_EH)
     return F.linear(h_TH.float(), router_EH, bias_E)
 
 

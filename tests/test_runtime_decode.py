@@ -125,6 +125,7 @@ def test_skinny_products(rows: int, outputs: int, inputs: int) -> None:
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_rows_between_products(top_k: int) -> None:
     from epplan.runtime.kernels import decode_rows
+    from epplan.runtime.kernels.router_logits import router_logits
 
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(37, 384, generator=generator, device="cuda").half()
@@ -143,10 +144,15 @@ def test_rows_between_products(top_k: int) -> None:
     place_TK = place.view(37, top_k)
     torch.testing.assert_close(
         decode_rows.add_up_rows(rows, place_TK, weights_TK),
-        weighted_sum(rows, place_TK, weights_TK),
+        weighted_sum(rows.float(), place_TK, weights_TK).half(),
         atol=2e-3,
         rtol=2e-3,
     )
+    for num_experts in (5, 16, 40):
+        router = torch.randn(num_experts, 384, generator=generator, device="cuda")
+        expected = x.double() @ router.double().T
+        actual = router_logits(x, router).double()
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
     router = torch.randn(16, 384, generator=generator, device="cuda")
     weights_T1, experts_T1 = decode_rows.route_best(x, router)
     best = (x.float() @ router.T).softmax(-1).max(-1, keepdim=True)

@@ -81,6 +81,7 @@ def batch_rows(x_TH: Tensor, slot_N: Tensor, top_k: int) -> tuple[Tensor, Tensor
 
 def add_up_rows(rows_NH: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Return each token's rows added up by weight, from its first choice to its last, [T, H]."""
+    rows_NH, place_TK, weights_TK = (x.contiguous() for x in (rows_NH, place_TK, weights_TK))
     (num_tokens, top_k), width = place_TK.shape, rows_NH.shape[1]
     out_TH = rows_NH.new_empty(num_tokens, width)
     _add_up_rows[(num_tokens,)](
