@@ -8,9 +8,8 @@ while sums and hidden states are under way, without it each runs alone. Between 
 sends its own h columns, and the next stage's shards gather them: no byte crosses hosts twice.
 """
 
-from collections import deque
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from epplan.planner.model import ModelSpec
 from .clock import PhaseClock, Place
 from .filled_cache import filled_cache
 from .kv_cache import KvCache
+from .pipeline import Point, Schedule, take_turns
 from .tensor_parallel import (
     Shard,
     StageOutput,
@@ -32,7 +32,13 @@ from .tensor_parallel import (
 from .weights import Weights
 from .workload import tensor_bytes
 
-_IN_FLIGHT = 2  # micro-batches that take turns: one computes, the other's data are under way
+_TURNS = Schedule(
+    micro_batches=2,
+    in_flight=2,
+    turns=frozenset({"sent"}),
+    reason="one computes while the other's sums and hidden states are under way",
+)
+_ALONE = replace(_TURNS, micro_batches=1, in_flight=1, reason="nothing overlaps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +173,7 @@ class PipelineParallelModel:
             self._micro_batch(number, part, None if caches is None else caches[number], sending)
             for number, part in enumerate(parts)
         ]
-        outputs = take_turns(micro_batches, _IN_FLIGHT if overlap else 1)
+        outputs = take_turns(micro_batches, _TURNS if overlap else _ALONE)
         for work in sending:
             work.wait()
         self._clock.mark("transfer", Place(-1, -1))
@@ -180,7 +186,7 @@ class PipelineParallelModel:
 
     def _micro_batch(
         self, number: int, x_BSH: Tensor, cache: KvCache | None, sending: list[dist.Work]
-    ) -> Generator[None, None, StageOutput]:
+    ) -> Generator[Point, None, StageOutput]:
         if self._stage_number > 0:
             x_BSH = yield from self._receive(number, x_BSH.shape)
         output = yield from self._stage.micro_batch(number, x_BSH, cache)
@@ -192,14 +198,14 @@ class PipelineParallelModel:
             sending.append(work)
         return output
 
-    def _receive(self, number: int, shape: torch.Size) -> Generator[None, None, Tensor]:
+    def _receive(self, number: int, shape: torch.Size) -> Generator[Point, None, Tensor]:
         """Return the micro-batch as the stage before left it."""
         slice_BSh = torch.empty(
             *shape[:2], shape[2] // self._grid.shards, dtype=self._dtype, device=self._device
         )
         work = dist.irecv(slice_BSh, self._rank - self._grid.shards, tag=number)
         assert work is not None
-        yield
+        yield "sent"
         work.wait()
         return (yield from self._stage.gather(slice_BSh, Place(-1, number)))
 
@@ -207,28 +213,6 @@ class PipelineParallelModel:
 def split_sequences(x_BSH: Tensor, num_parts: int) -> list[Tensor]:
     """Return the micro-batches, as even as can be, none of them empty."""
     return list(torch.tensor_split(x_BSH, min(num_parts, x_BSH.shape[0])))
-
-
-def take_turns(
-    generators: list[Generator[None, None, StageOutput]], in_flight: int
-) -> list[StageOutput]:
-    """Run generators, in turns `in_flight` of them at a time, and return their results in order.
-
-    The turns depend on the generators only, so that all ranks begin collectives in one order.
-    """
-    waiting: Iterator[tuple[int, Generator[None, None, StageOutput]]] = enumerate(generators)
-    running = deque(pair for _, pair in zip(range(in_flight), waiting, strict=False))
-    results: dict[int, StageOutput] = {}
-    while running:
-        number, generator = running.popleft()
-        try:
-            next(generator)
-        except StopIteration as end:
-            results[number] = end.value
-            running.extend(pair for _, pair in zip(range(1), waiting, strict=False))
-        else:
-            running.append((number, generator))
-    return [results[number] for number in range(len(generators))]
 
 
 def _own_group(grid: Grid, rank: int) -> dist.ProcessGroup:

@@ -23,6 +23,7 @@ from .experts import MlpWeights, mlp, run_experts, shared_mlp, stack_experts
 from .kv_cache import KvCache
 from .norm import rms_norm
 from .order import count, inverse, weighted_sum
+from .pipeline import Point
 from .router import route, router_logits
 from .weights import Weights
 
@@ -208,7 +209,7 @@ class TensorParallelStage:
 
     def micro_batch(
         self, number: int, x_BSH: Tensor, cache: KvCache | None
-    ) -> Generator[None, None, StageOutput]:
+    ) -> Generator[Point, None, StageOutput]:
         """Run some sequences through the stage's layers; yields while a sum is under way.
 
         Args:
@@ -235,23 +236,23 @@ class TensorParallelStage:
             x_BSH = x_BSH + (yield from self._sum(part_TH, place)).view_as(x_BSH)
         return StageOutput(hidden_BSH=x_BSH, experts_LTK=choices)
 
-    def gather(self, slice_BSh: Tensor, place: Place) -> Generator[None, None, Tensor]:
+    def gather(self, slice_BSh: Tensor, place: Place) -> Generator[Point, None, Tensor]:
         """Return [B, S, H], of which every shard has h = H / size columns."""
         size = self._shard.size
         gathered = slice_BSh.new_empty(size * slice_BSh.numel())
         # torch 2.13 renamed the collective and warns about the old name.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         work = all_gather(gathered, slice_BSh.flatten(), group=self._group, async_op=True)
-        yield
+        yield "sent"
         work.wait()
         self._clock.mark("transfer", place)
         return gathered.view(size, *slice_BSh.shape).movedim(0, 2).flatten(2)
 
-    def _sum(self, part: Tensor, place: Place) -> Generator[None, None, Tensor]:
+    def _sum(self, part: Tensor, place: Place) -> Generator[Point, None, Tensor]:
         """Return the sum of all shards' parts."""
         part = part.contiguous()
         work = dist.all_reduce(part, group=self._group, async_op=True)
-        yield
+        yield "sent"
         assert work is not None
         work.wait()
         self._clock.mark("all_reduce", place)

@@ -12,9 +12,7 @@ from epplan.runtime.pipeline_parallel import (
     Grid,
     PipelineParallelModel,
     check_grid,
-    take_turns,
 )
-from epplan.runtime.tensor_parallel import StageOutput
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 from tests.fork_ranks import run_ranks
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE
@@ -123,17 +121,3 @@ def test_a_model_that_cannot_be_split_is_refused() -> None:
         check_grid(Grid(shards=4, stages=4), MIXTRAL, 16)
     with pytest.raises(InputError, match=r"^tp8pp2 is for 16 ranks, there are 4$"):
         check_grid(Grid(shards=8, stages=2), MIXTRAL, 4)
-
-
-def test_two_at_a_time_take_turns() -> None:
-    order: list[str] = []
-
-    def micro_batch(name: str, length: int):  # type: ignore[no-untyped-def]
-        for part in range(length):
-            order.append(f"{name}{part}")
-            yield
-        return StageOutput(hidden_BSH=torch.tensor(length), experts_LTK=[])
-
-    outputs = take_turns([micro_batch("a", 3), micro_batch("b", 1), micro_batch("c", 2)], 2)
-    assert [int(output.hidden_BSH) for output in outputs] == [3, 1, 2]
-    assert order == ["a0", "b0", "a1", "a2", "c0", "c1"]
