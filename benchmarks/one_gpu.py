@@ -23,7 +23,7 @@ from epplan.launcher.bench_options import BenchOptions
 from epplan.planner.model import ModelSpec, load_model
 from epplan.runtime import experts
 from epplan.runtime.attend import attend
-from epplan.runtime.bench_run import one_rank_job
+from epplan.runtime.bench_jobs import one_rank_job
 from epplan.runtime.ceilings import device_seconds, measure_ceilings
 from epplan.runtime.experts import MlpWeights, mlp, run_experts
 from epplan.runtime.layers import Layer, MoeWeights, build_layers

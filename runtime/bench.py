@@ -20,8 +20,9 @@ from epplan.files import write_atomically
 from epplan.launcher.bench_options import BenchOptions, bench_options
 from epplan.planner.plan import read_plan
 
+from .bench_jobs import parse_grid
 from .bench_result import bench_lines, bench_text
-from .bench_run import bench_rank, parse_grid
+from .bench_run import bench_rank
 from .environment import choose_setting, num_local_ranks, num_threads, read_environment
 from .pipeline_parallel import check_grid
 

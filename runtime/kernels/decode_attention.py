@@ -34,8 +34,7 @@ def decode_attention(
         scale: multiplies the scores.
     """
     num_sequences, num_heads, _, width = query_BQ1D.shape
-    query_BQ1D = query_BQ1D.contiguous()
-    out_BQ1D = torch.empty_like(query_BQ1D)
+    out_BQ1D = query_BQ1D.new_empty(query_BQ1D.shape)
     _decode[(num_sequences * num_heads,)](
         query_BQ1D,
         key_BGTD,
@@ -43,6 +42,7 @@ def decode_attention(
         out_BQ1D,
         scale / math.log(2),
         key_BGTD.shape[2],
+        *query_BQ1D.stride()[:2],
         *key_BGTD.stride()[:2],
         *value_BGTD.stride()[:2],
         num_heads,
@@ -68,6 +68,7 @@ def serves(query_BQSD: Tensor, key_BGTD: Tensor, value_BGTV: Tensor) -> bool:
         and query_BQSD.dtype in (torch.float16, torch.bfloat16)
         and not torch.is_grad_enabled()
         and has_hopper(query_BQSD.device)
+        and query_BQSD.stride(3) == 1
         and all(x.stride()[2:] == (width, 1) for x in (key_BGTD, value_BGTV))
     )
 
@@ -80,6 +81,8 @@ def _decode(
     out,
     scale_log2,
     num_keys,
+    query_stride_b,
+    query_stride_h,
     key_stride_b,
     key_stride_g,
     value_stride_b,
@@ -98,7 +101,8 @@ def _decode(
     column_D = tl.arange(0, D)
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
-    query_D = tl.load(query + head.to(tl.int64) * D + column_D).to(tl.float32) * scale_log2
+    query += sequence * query_stride_b + head % num_heads * query_stride_h
+    query_D = tl.load(query + column_D).to(tl.float32) * scale_log2
     largest = -float("inf")
     total = 0.0
     out_D = tl.zeros([D], tl.float32)
