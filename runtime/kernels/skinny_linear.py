@@ -21,6 +21,7 @@ from .launch import EARLY, has_hopper
 
 MAX_ROWS = 64
 _LINE_BYTES = 128  # fetched into L2 at a time
+_IN_FLIGHT = {64: (128, 6), 128: (128, 4), 256: (64, 4)}  # by C: B and stages
 _FETCHED_LINES = 1024  # of a program, before the kernel before it has ended
 
 
@@ -42,7 +43,8 @@ def skinny_linear(x_RK: Tensor, weight_NK: Tensor, *, gelu: bool = False) -> Ten
     """
     (rows, num_inputs), num_outputs = x_RK.shape, weight_NK.shape[0]
     out_RN = x_RK.new_empty(rows, num_outputs)
-    tiling = _tiling(num_outputs, num_inputs)
+    processors = torch.cuda.get_device_properties(x_RK.device).multi_processor_count
+    tiling = _tiling(num_outputs, num_inputs, processors)
     num_tiles = num_outputs // tiling.columns
     sums, arrived = _workspace(x_RK.device, num_tiles, tiling)
     _linear[(num_tiles * tiling.parts,)](
@@ -86,15 +88,24 @@ def serves(x_RK: Tensor, weight_NK: Tensor) -> bool:
     )
 
 
-def _tiling(num_outputs: int, num_inputs: int) -> _Tiling:
-    """Return the best of those measured (docs/log.md): all programs run at once."""
-    if num_outputs >= 32768:
-        return _Tiling(columns=128, inputs=128, stages=4, parts=1)
-    if num_outputs >= 16384:
-        return _Tiling(columns=256, inputs=64, stages=4, parts=1)
-    if num_inputs >= 16384:
-        return _Tiling(columns=128, inputs=128, stages=4, parts=2)
-    return _Tiling(columns=64, inputs=128, stages=6, parts=1)
+def _tiling(num_outputs: int, num_inputs: int, num_processors: int) -> _Tiling:
+    """Return the tiling whose programs, all running at once, fill the GPU best.
+
+    Of many measured (docs/log.md) the best ones had this in common, with 96 KiB or more of the
+    matrix in flight in every program; of equals the wider tile reads x less often.
+    """
+    fitting = [
+        (num_outputs // columns * parts, columns, parts)
+        for columns in _IN_FLIGHT
+        for parts in (1, 2)
+        if not (columns == 256 and parts == 2)  # spills registers
+        and num_outputs % columns == 0
+        and num_inputs % (parts * _IN_FLIGHT[columns][0]) == 0
+        and num_outputs // columns * parts <= num_processors
+    ]
+    _, columns, parts = max(fitting, default=(0, max(_IN_FLIGHT), 1))
+    inputs, stages = _IN_FLIGHT[columns]
+    return _Tiling(columns=columns, inputs=inputs, stages=stages, parts=parts)
 
 
 _workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
