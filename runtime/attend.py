@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from .own_kernels import can_run_kernels
+from .own_kernels import can_run_kernels, can_run_short_step_kernels
 
 # torch's own kernels end at heads of 256; for 512 only its oldest remains, with a quarter of the
 # speed of ours (docs/log.md).
@@ -49,7 +49,7 @@ def attend(
             return wide_attention(query_BQSD, key_BGTD, value_BGTV, scale)
         from .kernels.decode_attention import decode_attention, serves
 
-        if serves(query_BQSD, key_BGTD, value_BGTV):
+        if can_run_short_step_kernels(query_BQSD) and serves(query_BQSD, key_BGTD, value_BGTV):
             return decode_attention(query_BQSD, key_BGTD, value_BGTV, scale)
     mask = None
     if 1 < num_queries < num_keys:

@@ -7,7 +7,7 @@ be 0.
 
 from torch import Tensor
 
-from .own_kernels import can_run_kernels
+from .own_kernels import can_run_short_step_kernels
 
 
 class KvCache:
@@ -53,7 +53,8 @@ class KvCache:
 
 def _write(keys: Tensor, values: Tensor, key_BGSD: Tensor, value_BGSV: Tensor, first: int) -> None:
     """Copy new positions into their buffers."""
-    if key_BGSD.shape == value_BGSV.shape and key_BGSD.shape[2] == 1 and can_run_kernels(keys):
+    is_short = key_BGSD.shape == value_BGSV.shape and key_BGSD.shape[2] == 1
+    if is_short and can_run_short_step_kernels(keys):
         from .kernels.decode_rows import append
 
         append([keys, values], [key_BGSD, value_BGSV], first)

@@ -6,12 +6,12 @@ Shapes: R rows, N outputs, K inputs.
 import torch.nn.functional as F
 from torch import Tensor
 
-from .own_kernels import can_run_kernels
+from .own_kernels import can_run_short_step_kernels
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Return x [..., K] times the matrix, [..., N]."""
-    if bias_N is None and can_run_kernels(x):
+    if bias_N is None and can_run_short_step_kernels(x):
         from .kernels.skinny_linear import serves, skinny_linear
 
         x_RK = x.reshape(-1, x.shape[-1])
@@ -22,7 +22,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
 
 def linear_gelu(x_RK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Return GELU of the product, [R, N]."""
-    if bias_N is None and can_run_kernels(x_RK):
+    if bias_N is None and can_run_short_step_kernels(x_RK):
         from .kernels.skinny_linear import serves, skinny_linear
 
         if serves(x_RK, weight_NK):

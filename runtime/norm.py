@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .own_kernels import can_run_kernels
+from .own_kernels import can_run_short_step_kernels
 
 # Of the latents of DeepSeek's attention, whatever the model's own epsilon is: the published models
 # build these two norms with the default.
@@ -17,7 +17,7 @@ def add_rms_norm(
     x: Tensor, delta: Tensor | None, gain: Tensor | None = None, epsilon: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """Return x + delta (None is nothing), and that as `rms_norm` scales it."""
-    if can_run_kernels(x) and x.shape[-1] <= _WIDEST:
+    if can_run_short_step_kernels(x) and x.shape[-1] <= _WIDEST:
         from .kernels.decode_rows import add_rms_norm as add_rms_norm_kernel
 
         return add_rms_norm_kernel(x, delta, gain, epsilon)

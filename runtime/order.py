@@ -6,7 +6,7 @@ Shapes: N rows, S slots, T tokens, K choices per token, H hidden size.
 import torch
 from torch import Tensor
 
-from .own_kernels import can_run_kernels
+from .own_kernels import can_run_short_step_kernels
 
 
 def count(key_N: Tensor, num_keys: int) -> Tensor:
@@ -47,7 +47,7 @@ def weighted_sum(rows_NH: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:
         row_TK: the row of each choice.
         weights_TK: float32.
     """
-    if can_run_kernels(rows_NH):
+    if can_run_short_step_kernels(rows_NH):
         from .kernels.decode_rows import add_up_rows
 
         return add_up_rows(rows_NH, row_TK, weights_TK)

@@ -1,4 +1,11 @@
-"""Whether this project's GPU kernels can run; whoever has one asks here and else takes torch."""
+"""Whether this project's GPU kernels can run; whoever has one asks here and else takes torch.
+
+The kernels of short steps compile for Hopper, and those without tensor cores give torch's results
+in Triton's interpreter, but they have not run on a GPU as they stand: until they have, they are
+taken only where EPPLAN_SHORT_STEP_KERNELS is 1.
+"""
+
+import os
 
 import torch
 from torch import Tensor
@@ -14,3 +21,8 @@ def can_run_kernels(x: Tensor) -> bool:
     except (ImportError, AttributeError):  # no Triton, or one older than 3.6
         return False
     return has_hopper(x.device)
+
+
+def can_run_short_step_kernels(x: Tensor) -> bool:
+    """Return whether the kernels of decode and its products take x, and are wanted."""
+    return can_run_kernels(x) and os.environ.get("EPPLAN_SHORT_STEP_KERNELS") == "1"

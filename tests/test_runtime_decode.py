@@ -55,7 +55,7 @@ def test_joined_projections_are_one_product() -> None:
     torch.testing.assert_close(attention(x_BSH, joined, spec, step, 0), apart)
 
 
-def make_step(kernels: bool, device: torch.device) -> tuple[ExpertParallelModel, Tensor]:
+def make_step(device: torch.device) -> tuple[ExpertParallelModel, Tensor]:
     weights = SeededWeights(spec=WIDE, seed=0, device=device, dtype=torch.float16)
     schedule = Schedule(micro_batches=1, in_flight=1, turns=frozenset(), reason="test")
     layers = build_layers(make_plan(WIDE, 4), 1, weights)
@@ -66,9 +66,10 @@ def make_step(kernels: bool, device: torch.device) -> tuple[ExpertParallelModel,
 
 @pytest.mark.gpu
 @NEEDS_GPU
-def test_a_decode_step_and_its_graph_equal_torchs_kernels() -> None:
+def test_a_decode_step_and_its_graph_equal_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPPLAN_SHORT_STEP_KERNELS", "1")
     device = torch.device("cuda")
-    model, x_B1H = make_step(True, device)
+    model, x_B1H = make_step(device)
     torch.manual_seed(0)
     cache = filled_cache(
         WIDE.attention,

@@ -15,5 +15,5 @@ EARLY = {"launch_pdl": True}
 
 @cache
 def has_hopper(device: torch.device) -> bool:
-    """Return whether the kernels of this folder can run on a device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Return whether a device is a Hopper GPU: later ones do not know its matrix instructions."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
