@@ -16,6 +16,7 @@ _COMMANDS = {
     "solve": "epplan.commands.solve:solve",
     "explain": "epplan.commands.explain:explain",
     "launch": "epplan.commands.launch:launch",
+    "bench": "epplan.commands.bench:bench",
 }
 
 
@@ -46,6 +47,7 @@ def cli() -> None:
       epplan solve --topology dgx-h100-2 --model reference -o plan.json
       epplan explain plan.json
       epplan launch plan.json --to local
+      epplan bench plan.json --baseline tp8pp2
 
     \b
     Exit codes: 0 ok, 1 internal error, 2 usage or invalid input, 3 infeasible,

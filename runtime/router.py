@@ -1,6 +1,6 @@
 """How logits become experts and weights: one rule for all model families.
 
-Shapes: T tokens, E experts, K experts per token (top-k), N groups of E / N experts.
+Shapes: T tokens, H hidden size, E experts, K experts per token (top-k), N groups of E / N experts.
 
 Logits are in logical expert order and float32. Placement never enters here: slots are looked up
 afterwards, because permuting the router's rows would break ties differently and would tear
@@ -8,9 +8,15 @@ apart the groups of group-limited routing.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from epplan.planner.model import RouterSpec
+
+from .own_kernels import can_run_short_step_kernels
+
+_MOST_EXPERTS = 64  # whose logits a program holds; with more, torch's product is a large one
+_SHORT_STEP = 256  # tokens; each reads the router's weights by itself
 
 
 def route(
@@ -30,6 +36,32 @@ def route(
     scores_TE = scores(logits_TE, spec)
     experts_TK = choose(preferences(scores_TE, bias_E), spec, top_k)
     return weigh(scores_TE, experts_TK, spec), experts_TK
+
+
+def route_tokens(
+    h_TH: Tensor,
+    router_EH: Tensor,
+    logit_bias_E: Tensor | None,
+    spec: RouterSpec,
+    top_k: int,
+    bias_E: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `route` makes of the hidden states' logits."""
+    plain = spec == RouterSpec(renormalize=False) and logit_bias_E is None and bias_E is None
+    if plain and top_k == 1 and len(h_TH) <= _SHORT_STEP and can_run_short_step_kernels(h_TH):
+        from .kernels.decode_rows import route_best
+
+        return route_best(h_TH, router_EH)
+    return route(router_logits(h_TH, router_EH, logit_bias_E), spec, top_k, bias_E)
+
+
+def router_logits(h_TH: Tensor, router_EH: Tensor, bias_E: Tensor | None) -> Tensor:
+    """Return logits_TE of hidden states, float32."""
+    if bias_E is None and len(router_EH) <= _MOST_EXPERTS and can_run_short_step_kernels(h_TH):
+        from .kernels.router_logits import router_logits as router_logits_kernel
+
+        return router_logits_kernel(h_TH, router_EH)
+    return F.linear(h_TH.float(), router_EH, bias_E)
 
 
 def scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:

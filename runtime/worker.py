@@ -31,7 +31,8 @@ from .environment import (
     num_threads,
     read_environment,
 )
-from .measure import Options, run_rank
+from .measure import run_rank
+from .options import Options
 from .result import Result, result_text, summary_lines
 
 _PROGRAM = "python -m epplan.runtime.worker"
