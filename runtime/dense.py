@@ -21,7 +21,12 @@ from .weights import Weights
 # Scores closer than this part of their size may be ordered either way: a score moves by at most
 # its logit's error times itself. Over 24 layers of top-8 routing of 128 experts the widest tie was
 # 3e-6 in float32, 5e-3 in float16 and 4e-2 in bfloat16.
-_TIE_MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_TIE_MARGIN = {
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+    torch.float8_e4m3fn: 3e-1,
+}
 _MAX_DISAGREEMENTS = 16  # per layer: the run has failed by then, and each takes milliseconds
 
 
@@ -47,7 +52,13 @@ class DenseRun:
 
 
 @torch.inference_mode()
-def run_dense(spec: ModelSpec, weights: Weights, x_BSH: Tensor, experts_LTK: Tensor) -> DenseRun:
+def run_dense(
+    spec: ModelSpec,
+    weights: Weights,
+    x_BSH: Tensor,
+    experts_LTK: Tensor,
+    rounding: torch.dtype,
+) -> DenseRun:
     """Run all sequences of all ranks.
 
     Args:
@@ -55,6 +66,7 @@ def run_dense(spec: ModelSpec, weights: Weights, x_BSH: Tensor, experts_LTK: Ten
         weights: the same weights as the distributed run's.
         x_BSH: input hidden states; overwritten.
         experts_LTK: the distributed run's choice, followed where it is a tie.
+        rounding: the coarsest dtype of the distributed run.
     """
     num_ties = 0
     disagreements: list[Disagreement] = []
@@ -67,7 +79,9 @@ def run_dense(spec: ModelSpec, weights: Weights, x_BSH: Tensor, experts_LTK: Ten
             x_1SH += attention(h_1SH, projections, spec.attention, step, layer)
         if layer in spec.moe_layers:
             experts_TK = experts_LTK[spec.moe_layers.index(layer)]
-            ties, wrong, fingerprints_E = _add_moe(spec, weights, layer, x_BSH, experts_TK)
+            ties, wrong, fingerprints_E = _add_moe(
+                spec, weights, layer, x_BSH, experts_TK, rounding
+            )
             num_ties += ties
             disagreements += wrong
             fingerprints.append(fingerprints_E)
@@ -84,7 +98,12 @@ def run_dense(spec: ModelSpec, weights: Weights, x_BSH: Tensor, experts_LTK: Ten
 
 
 def _add_moe(
-    spec: ModelSpec, weights: Weights, layer: int, x_BSH: Tensor, experts_TK: Tensor
+    spec: ModelSpec,
+    weights: Weights,
+    layer: int,
+    x_BSH: Tensor,
+    experts_TK: Tensor,
+    rounding: torch.dtype,
 ) -> tuple[int, list[Disagreement], Tensor]:
     """Add the MoE output to x_BSH; return ties, disagreements and the experts' fingerprints."""
     gain_H = weights.post_attention_norm(layer)
@@ -94,7 +113,7 @@ def _add_moe(
     preferences_TE = preferences(scores_TE, weights.router_bias(layer))
     own_TK = choose(preferences_TE, spec.router, spec.top_k)
     num_ties, wrong = _follow_ties(
-        spec, layer, preferences_TE, own_TK, experts_TK.to(own_TK.device), x_BSH.dtype
+        spec, layer, preferences_TE, own_TK, experts_TK.to(own_TK.device), rounding
     )
     weights_TK = weigh(scores_TE, own_TK, spec.router)
     sum_TH = torch.zeros_like(h_TH, dtype=torch.float32)
@@ -118,7 +137,7 @@ def _follow_ties(
     preferences_TE: Tensor,
     own_TK: Tensor,
     other_TK: Tensor,
-    dtype: torch.dtype,
+    rounding: torch.dtype,
 ) -> tuple[int, list[Disagreement]]:
     """Overwrite own_TK by other_TK where the difference is a tie.
 
@@ -133,7 +152,7 @@ def _follow_ties(
             break
         other: list[int] = other_TK[token].tolist()
         margin = choice_margin(preferences_TE[token], other, spec.router)
-        if margin <= _TIE_MARGIN[dtype]:
+        if margin <= _TIE_MARGIN[rounding]:
             num_ties += 1
             own_TK[token] = other_TK[token]
         else:

@@ -1,8 +1,9 @@
-"""The MLP of an expert, of the shared experts and of a dense layer.
+"""The MLP of an expert, of the shared experts and of a dense layer; all experts of a rank.
 
-Shapes: R rows, H hidden size, F width of the MLP.
+Shapes: R rows, H hidden size, F width of the MLP, P slots of this rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,23 @@ def shared_mlp(x_RH: Tensor, weights: MlpWeights, gate_1H: Tensor | None) -> Ten
     """Return the shared experts' output, [R, H], weighed by their gate where they have one."""
     out_RH = mlp(x_RH, weights)
     return out_RH if gate_1H is None else out_RH * F.linear(x_RH, gate_1H).sigmoid()
+
+
+def run_experts(
+    rows_RH: Tensor, rows_of_slot: Sequence[int], experts: Sequence[MlpWeights | None]
+) -> Tensor:
+    """Return the output of each row, [R, H].
+
+    Args:
+        rows_RH: the rows of the first slot, then those of the second, ...
+        rows_of_slot: how many they are, [P].
+        experts: by slot, [P]; None is an empty slot, which has no rows.
+    """
+    outputs = [
+        rows if expert is None else mlp(rows, expert)
+        for rows, expert in zip(torch.split(rows_RH, list(rows_of_slot)), experts, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def fingerprint(weights: MlpWeights) -> Tensor:

@@ -4,48 +4,32 @@ Shapes: B sequences per rank, S positions, H hidden size.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epplan.files import write_atomically
 from epplan.planner.plan import Plan
 
-from .clock import PhaseClock, synchronize
-from .dispatch import AllToAll
+from .build import build_model
+from .clock import synchronize
 from .environment import Setting
-from .model import ExpertParallelModel, Step, build_layers
+from .model import ExpertParallelModel, Step
 from .monitor import measure_load
+from .options import Options
 from .result import PhaseTime, Result
+from .schedule import Choice, choose
 from .source import Source, open_source
+from .trace import trace_text
 from .verify import Verification, verify
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What to run; the same on all ranks."""
-
-    backend: str
-    sequences: int  # per rank
-    sequence_length: int
-    steps: int
-    seed: int
-    verify: bool
-    checkpoint: Path | None = None
-    prompt_tokens: str | None = None  # ids, separated by commas
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """The tokens of every sequence; empty: they are seeded."""
-        return tuple(map(int, self.prompt_tokens.split(","))) if self.prompt_tokens else ()
-
-    @property
-    def positions(self) -> int:
-        """Tokens of a sequence."""
-        return len(self.prompt) or self.sequence_length
+Gathered = TypeVar("Gathered")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +38,7 @@ class RankTiming:
 
     steps: list[float]
     phases: list[dict[str, float]]
+    reran: int  # steps
 
 
 def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Result | None:
@@ -73,47 +58,51 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
         prompt=options.prompt,
         seed=options.seed,
         sequences=options.sequences,
-        positions=options.positions,
+        positions=options.sequence_length,
         rank=rank,
     )
-    clock = PhaseClock(setting.device)
-    layers = build_layers(plan, rank, source.weights)
-    model = ExpertParallelModel(
-        plan.model,
-        layers,
-        AllToAll(rank=rank, world_size=plan.world_size, slots_per_rank=plan.slots_per_rank),
-        clock,
-    )
+    choice = choose(plan, options, setting.device)
+    model = build_model(plan, options, choice, source.weights, rank)
     x_BSH = source.hidden(rank)
-    model.forward(x_BSH, check_rows=True)  # the warm-up step checks every row's way
-    step, own_timing = _time_steps(model, x_BSH, options.steps, clock, setting.device)
-    timings = _gather_timings(own_timing, rank, plan.world_size)
+    warm_up = model.forward(x_BSH, check_rows=True)  # checks every row's way
+    step, own_timing = _time_steps(model, x_BSH, options.steps, setting.device)
+    timings = _gather(own_timing, rank, plan.world_size)
+    if options.trace is not None:
+        spans = _gather(model.clock.spans(), rank, plan.world_size)
+        if spans is not None:
+            write_atomically(options.trace, trace_text(plan, spans))
     verification = None
     if options.verify:
-        verification = verify(step, plan, layers, source, rank)
+        verification = verify(step, plan, model.layers, source, rank, float8=options.fp8_dispatch)
     if timings is None:
         return None
-    return _result(plan, options, setting, source, timings, verification, step)
+    reran = warm_up.reran + timings[0].reran
+    notes = (*setting.notes, *source.notes, *_notes(options, choice, reran))
+    return _result(plan, options, setting, source, choice, timings, verification, step, notes)
 
 
 def _time_steps(
-    model: ExpertParallelModel, x_BSH: Tensor, steps: int, clock: PhaseClock, device: torch.device
+    model: ExpertParallelModel, x_BSH: Tensor, steps: int, device: torch.device
 ) -> tuple[Step, RankTiming]:
     """Return the last step, and the time of each."""
-    timing = RankTiming(steps=[], phases=[])
+    times: list[float] = []
+    phases: list[dict[str, float]] = []
+    reran = 0
     for _ in range(steps):
         dist.barrier()  # all ranks start together, so that nobody's delay is counted twice
         synchronize(device)
         begin = time.perf_counter()
         step = model.forward(x_BSH)
         synchronize(device)
-        timing.steps.append(time.perf_counter() - begin)
-        timing.phases.append(clock.seconds())
-    return step, timing
+        times.append(time.perf_counter() - begin)
+        phases.append(model.clock.seconds())
+        reran += step.reran
+    return step, RankTiming(steps=times, phases=phases, reran=reran)
 
 
-def _gather_timings(own: RankTiming, rank: int, world_size: int) -> list[RankTiming] | None:
-    gathered: list[RankTiming] | None = [own] * world_size if rank == 0 else None
+def _gather(own: Gathered, rank: int, world_size: int) -> list[Gathered] | None:
+    """Return all ranks' values on rank 0, None on the others."""
+    gathered: list[Gathered] | None = [own] * world_size if rank == 0 else None
     dist.gather_object(own, gathered, dst=0)
     return gathered
 
@@ -132,12 +121,14 @@ def _result(
     options: Options,
     setting: Setting,
     source: Source,
+    choice: Choice,
     timings: list[RankTiming],
     verification: Verification | None,
     step: Step,
+    notes: tuple[str, ...],
 ) -> Result:
     load = measure_load(plan, step.counts_LWWP)
-    tokens_per_step = plan.world_size * options.sequences * options.positions
+    tokens_per_step = plan.world_size * options.sequences * options.sequence_length
     slowest_rank = [max(steps) for steps in zip(*(rank.steps for rank in timings), strict=True)]
     step_s = median(slowest_rank)
     return Result(
@@ -148,9 +139,13 @@ def _result(
         backend_reason=setting.backend_reason,
         device=_device_name(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),
+        dispatcher=choice.dispatcher,
+        dispatcher_reason=choice.dispatcher_reason,
+        micro_batches=choice.schedule.micro_batches,
+        micro_batches_reason=choice.schedule.reason,
         seed=options.seed,
         sequences=options.sequences,
-        sequence_length=options.positions,
+        sequence_length=options.sequence_length,
         steps=options.steps,
         tokens_per_step=tokens_per_step,
         tokens_per_s=tokens_per_step / step_s,
@@ -166,8 +161,29 @@ def _result(
         balance=load.balance,
         checkpoint=None if options.checkpoint is None else str(options.checkpoint),
         next_tokens=source.next_tokens(step.hidden_BSH),
-        notes=(*setting.notes, *source.notes),
+        notes=notes,
     )
+
+
+def _notes(options: Options, choice: Choice, reran: int) -> Iterator[str]:
+    if options.fp8_dispatch and choice.dispatcher != "local":
+        yield (
+            "rows went to the experts as 8-bit numbers (--fp8-dispatch): outputs are rounded, and "
+            "compared with a wider tolerance"
+        )
+    unused = [
+        option
+        for option, given in (("--fp8-dispatch", options.fp8_dispatch), ("--dedup", options.dedup))
+        if given and choice.dispatcher == "local"
+    ]
+    for option in unused:
+        yield f"{option} has no effect: no rows travel"
+    if reran:
+        yield (
+            f"{reran} of {options.steps + 1} steps (with the warm-up) had more rows than the "
+            "padded dispatcher has room for and were run again with uneven splits; the room grows "
+            "each time, or give a larger --capacity-factor"
+        )
 
 
 def _device_name(device: torch.device) -> str:

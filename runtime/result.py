@@ -30,6 +30,10 @@ class Result:
     backend_reason: str
     device: str
     dtype: str
+    dispatcher: str
+    dispatcher_reason: str
+    micro_batches: int
+    micro_batches_reason: str
     seed: int
     sequences: int  # per rank
     sequence_length: int
@@ -61,6 +65,9 @@ def summary_lines(result: Result, plan: Plan) -> Iterator[str]:
     """Yield the summary for a terminal."""
     yield f"{result.ranks} ranks, {result.backend} ({result.backend_reason})"
     yield f"computed on {result.device} in {result.dtype}"
+    yield f"dispatcher {result.dispatcher} ({result.dispatcher_reason})"
+    plural = "micro-batch" if result.micro_batches == 1 else "micro-batches"
+    yield f"{result.micro_batches} {plural} ({result.micro_batches_reason})"
     yield (
         f"{result.tokens_per_s:,.0f} tokens/s: {result.tokens_per_step:,} tokens a step, "
         f"{result.step_s * 1e3:.1f} ms (median of {result.steps})"
