@@ -6,7 +6,6 @@ Shapes: B sequences per rank, S positions, H hidden size.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, median
 from typing import TypeVar
 

@@ -128,10 +128,10 @@ class ExpertParallelModel:
         """Run all micro-batches; with a padded dispatcher the host never waits."""
         parts = torch.tensor_split(x_BSH, self.schedule.micro_batches)
         batches = (
-            self._micro_batch(number, part, cache, dispatcher, check_rows)
-            for number, (part, cache) in enumerate(
-                zip(parts, caches or [None] * len(parts), strict=True)
+            self._micro_batch(
+                number, part, None if caches is None else caches[number], dispatcher, check_rows
             )
+            for number, part in enumerate(parts)
         )
         return take_turns(batches, self.schedule)
 

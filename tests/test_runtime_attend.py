@@ -67,3 +67,48 @@ def test_the_cache_returns_all_positions_and_counts_those_of_whole_steps() -> No
             assert torch.equal(got[0], keys[:, :, :last] + layer)
             assert torch.equal(got[1], values[:, :, :last])
     assert cache.length == 9
+
+
+def test_the_cache_forgets_and_keeps_its_buffers() -> None:
+    cache = KvCache(1, capacity=8)
+    keys, values = torch.randn(2, 1, 8, 4), torch.randn(2, 1, 8, 0)
+    first = cache.update(0, keys[:, :, :6], values[:, :, :6])[0]
+    cache.truncate(5)
+    assert cache.length == 5
+    again = cache.update(0, keys[:, :, 5:], values[:, :, 5:])[0]
+    assert torch.equal(again, keys)
+    assert again.data_ptr() == first.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sequences", "heads", "kv_heads", "queries", "keys"),
+    [
+        (1, 4, 4, 512, 512),
+        (2, 4, 2, 333, 333),
+        (1, 4, 4, 100, 777),  # a chunk of a prompt, its last tile not seen by all of a block
+        (2, 2, 2, 65, 129),
+        (2, 2, 1, 1, 300),  # decode
+        (1, 2, 2, 2, 64),
+    ],
+)
+def test_wide_heads_on_a_gpu(
+    sequences: int, heads: int, kv_heads: int, queries: int, keys: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+    query, cache = random(sequences, heads, queries, 512), KvCache(1, capacity=1000)
+    key_BGTD, value_BGTV = cache.update(
+        0, random(sequences, kv_heads, keys, 512), random(sequences, kv_heads, keys, 512)
+    )
+    with torch.inference_mode():
+        actual = attend(query, key_BGTD, value_BGTV, scale=None).double().cpu()
+    on_cpu = [tensor.double().cpu() for tensor in (query, key_BGTD, value_BGTV)]
+    expected = attend(*on_cpu, scale=None)
+    error = (actual - expected).norm() / expected.norm()
+    assert error < (1e-3 if dtype == torch.float16 else 6e-3)

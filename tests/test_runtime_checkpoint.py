@@ -21,7 +21,7 @@ from epplan.planner.plan import Plan
 from epplan.runtime.checkpoint import CheckpointWeights, checkpoint_problems, open_checkpoint
 from epplan.runtime.families import FAMILIES
 from epplan.runtime.head import build_head
-from epplan.runtime.model import build_layers
+from epplan.runtime.layers import build_layers
 from epplan.runtime.quantized import dequantize_fp8, dequantize_mxfp4
 from tests.checkpoints import make_model, make_tokens, write_checkpoint
 from tests.fork_ranks import run_ranks

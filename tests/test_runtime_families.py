@@ -9,36 +9,43 @@ from torch import Tensor
 
 from epplan.planner.model import load_model
 from epplan.planner.plan import Plan
+from epplan.runtime.build import build_model
 from epplan.runtime.checkpoint import checkpoint_problems, open_checkpoint
-from epplan.runtime.clock import PhaseClock
-from epplan.runtime.dispatch import AllToAll
 from epplan.runtime.head import build_head
 from epplan.runtime.kv_cache import KvCache
-from epplan.runtime.model import ExpertParallelModel, build_layers
+from epplan.runtime.options import Options
+from epplan.runtime.schedule import choose
 from tests.checkpoints import CASES, make_model, make_tokens, write_checkpoint
 from tests.fork_ranks import run_ranks
 from tests.runtime_cases import make_plan
 
 CPU = torch.device("cpu")
-SEQUENCES, LENGTH, PREFILL = 16, 13, 9
+SEQUENCES, LENGTH, PREFILL = 32, 13, 9
 
 
 def logits_of_rank(rank: int, plan: Plan, folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits of this rank's sequences: all at once, and token by token."""
     weights = open_checkpoint(folder, plan.model, device=CPU, dtype=torch.float32)
     assert not checkpoint_problems(weights)
-    dispatcher = AllToAll(rank=rank, world_size=plan.world_size, slots_per_rank=plan.slots_per_rank)
-    layers = build_layers(plan, rank, weights)
-    model = ExpertParallelModel(plan.model, layers, dispatcher, PhaseClock(CPU))
-    head = build_head(weights)
     own = tokens.chunk(plan.world_size)[rank]
+    options = Options(
+        backend="gloo",
+        sequences=own.shape[0],
+        sequence_length=LENGTH,
+        steps=1,
+        seed=0,
+        verify=False,
+        micro_batches=2,
+    )
+    model = build_model(plan, options, choose(plan, options, CPU), weights, rank)
+    head = build_head(weights)
 
-    def run(step: Tensor, cache: KvCache | None) -> Tensor:
-        return head.logits(model.forward(head.embed(step), cache=cache).hidden_BSH)
+    def run(step: Tensor, caches: list[KvCache] | None) -> Tensor:
+        return head.logits(model.forward(head.embed(step), caches=caches).hidden_BSH)
 
-    cache = KvCache(plan.model.num_layers)
+    caches = model.new_caches()
     steps = [own[:, :PREFILL], *torch.split(own[:, PREFILL:], 1, dim=1)]
-    return run(own, None), torch.cat([run(step, cache) for step in steps], dim=1)
+    return run(own, None), torch.cat([run(step, caches) for step in steps], dim=1)
 
 
 def assert_same_logits(plan: Plan, folder: Path, tokens: Tensor, expected: Tensor) -> None:
