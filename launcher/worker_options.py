@@ -76,6 +76,13 @@ _OPTIONS = (
         "--checkpoint.",
     ),
     click.option(
+        "--new-tokens",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="To generate after each sequence, the likeliest each time; with --checkpoint.",
+    ),
+    click.option(
         "--dispatcher",
         type=click.Choice(["auto", "alltoall", "padded", "local"]),
         default="auto",

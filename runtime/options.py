@@ -27,6 +27,7 @@ class Options:
     trace: Path | None = None  # rank 0 writes it
     checkpoint: Path | None = None  # None: weights are seeded
     prompt: tuple[int, ...] = ()  # tokens of every sequence; empty: seeded
+    new_tokens: int = 1  # to generate after them, with a checkpoint
 
 
 def read_options(values: Mapping[str, Any]) -> Options:
