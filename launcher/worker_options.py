@@ -13,13 +13,6 @@ import click
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-def _token_ids(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """Check a list of token ids; it stays text, to be handed on."""
-    if value is not None and not all(part.isdecimal() for part in value.split(",")):
-        raise click.BadParameter(f"{value!r} is no list of token ids such as 12,7,400")
-    return value
-
-
 def _number_or_auto(_: click.Context, __: click.Parameter, value: str) -> int | None:
     """Return a positive number; None for `auto`."""
     if value == "auto":
@@ -27,6 +20,13 @@ def _number_or_auto(_: click.Context, __: click.Parameter, value: str) -> int | 
     if not value.isdecimal() or not int(value):
         raise click.BadParameter(f"{value!r} is neither a positive number nor auto")
     return int(value)
+
+
+def _token_ids(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Check a list of token ids; it stays text, to be handed on."""
+    if value is not None and not all(part.isdecimal() for part in value.split(",")):
+        raise click.BadParameter(f"{value!r} is no list of token ids such as 12,7,400")
+    return value
 
 
 _OPTIONS = (
@@ -60,27 +60,6 @@ _OPTIONS = (
         default=True,
         show_default=True,
         help="Compare with the dense model, on rank 0.",
-    ),
-    click.option(
-        "--checkpoint",
-        metavar="DIR",
-        type=click.Path(path_type=Path),
-        help="Hugging Face folder with safetensors files of the plan's model, on every host; "
-        "otherwise weights are seeded.",
-    ),
-    click.option(
-        "--prompt-tokens",
-        metavar="ID,ID,...",
-        callback=_token_ids,
-        help="Tokens of every sequence, in place of seeded ones and of --sequence-length; with "
-        "--checkpoint.",
-    ),
-    click.option(
-        "--new-tokens",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="To generate after each sequence, the likeliest each time; with --checkpoint.",
     ),
     click.option(
         "--dispatcher",
@@ -128,6 +107,27 @@ _OPTIONS = (
         "--trace",
         type=click.Path(path_type=Path),
         help="File for a trace of the last step, to be opened in ui.perfetto.dev.",
+    ),
+    click.option(
+        "--checkpoint",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Hugging Face folder with safetensors files of the plan's model, on every host; "
+        "otherwise weights are seeded.",
+    ),
+    click.option(
+        "--prompt-tokens",
+        metavar="ID,ID,...",
+        callback=_token_ids,
+        help="Tokens of every sequence, in place of seeded ones and of --sequence-length; with "
+        "--checkpoint.",
+    ),
+    click.option(
+        "--new-tokens",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="To generate after each sequence, the likeliest each time; with --checkpoint.",
     ),
 )
 

@@ -29,7 +29,7 @@ def build_model(
         choice.dispatcher,
         Channel(rank=rank, world_size=plan.world_size, device=weights.device, clock=clock),
         plan,
-        tokens=sequences * options.sequence_length,
+        tokens=sequences * options.positions,
         capacity_factor=options.capacity_factor,
         dedup=options.dedup,
         fp8=options.fp8_dispatch,

@@ -44,6 +44,7 @@ class Routed:
     x_TH: Tensor  # hidden states, in the dtype they travel in
     slot_TK: Tensor  # global slots, `rank * slots_per_rank + slot of the rank`
     weights_TK: Tensor  # of the experts' outputs, float32
+    held: tuple[bool, ...]  # [P]: slots of this rank that have an expert
     place: Place  # in the step, for messages and the trace
     check_rows: bool = False  # send every row's origin and slot along and compare on arrival
 

@@ -29,6 +29,11 @@ class MoeWeights:
     shared: MlpWeights | None
     shared_gate_1H: Tensor | None
 
+    @property
+    def held(self) -> tuple[bool, ...]:
+        """Which slots of this rank hold an expert, [P]."""
+        return tuple(expert is not None for expert in self.experts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:

@@ -48,7 +48,7 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
         The result on rank 0, None on the others.
 
     Raises:
-        InputError: the checkpoint or the prompt does not fit the plan's model.
+        InputError: the checkpoint, the prompt or the options do not fit the plan.
         ValueError: rows arrived that were not sent.
     """
     source = open_source(
@@ -58,7 +58,7 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
         prompt=options.prompt,
         seed=options.seed,
         sequences=options.sequences,
-        positions=options.sequence_length,
+        positions=options.positions,
         rank=rank,
     )
     choice = choose(plan, options, setting.device)
@@ -131,7 +131,7 @@ def _result(
     notes: tuple[str, ...],
 ) -> Result:
     load = measure_load(plan, step.counts_LWWP)
-    tokens_per_step = plan.world_size * options.sequences * options.sequence_length
+    tokens_per_step = plan.world_size * options.sequences * options.positions
     slowest_rank = [max(steps) for steps in zip(*(rank.steps for rank in timings), strict=True)]
     step_s = median(slowest_rank)
     return Result(
@@ -148,7 +148,7 @@ def _result(
         micro_batches_reason=choice.schedule.reason,
         seed=options.seed,
         sequences=options.sequences,
-        sequence_length=options.sequence_length,
+        sequence_length=options.positions,
         steps=options.steps,
         tokens_per_step=tokens_per_step,
         tokens_per_s=tokens_per_step / step_s,

@@ -8,7 +8,7 @@ wherever rows are under way, so that a schedule can let another micro-batch comp
 run alone it is a plain forward pass.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,7 @@ class ExpertParallelModel:
         self,
         x_BSH: Tensor,
         *,
-        caches: list[KvCache] | None = None,
+        caches: Sequence[KvCache] | None = None,
         check_rows: bool = False,
         train: bool = False,
     ) -> Step:
@@ -94,19 +94,20 @@ class ExpertParallelModel:
 
         Args:
             x_BSH: hidden states; ranks may have different numbers of sequences, or none.
-            caches: from `new_caches`: positions already seen, which these follow; they are added.
+            caches: from `new_caches`, of each micro-batch the positions already seen, which these
+                follow; they are added to it.
             check_rows: check the origin of every row that arrives.
             train: keep what gradients need.
         """
         with torch.inference_mode(not train):
             self.clock.start()
-            dispatcher, seen = self.dispatcher, caches[0].length if caches else 0
-            batches = self.run(x_BSH, dispatcher, caches=caches, check_rows=check_rows)
+            seen = [cache.length for cache in caches or ()]
+            batches = self.run(x_BSH, self.dispatcher, caches=caches, check_rows=check_rows)
             counts = self._gather(batches)
-            dropless = dispatcher.rerun(counts)
+            dropless = self.dispatcher.rerun(counts)
             if dropless is not None:
-                for cache in caches or ():
-                    cache.truncate(seen)
+                for cache, length in zip(caches or (), seen, strict=True):
+                    cache.truncate(length)
                 batches = self.run(x_BSH, dropless, caches=caches, check_rows=check_rows)
                 counts = self._gather(batches)
             num_ranks = counts.shape[1]
@@ -122,16 +123,15 @@ class ExpertParallelModel:
         x_BSH: Tensor,
         dispatcher: Dispatcher,
         *,
-        caches: list[KvCache] | None = None,
+        caches: Sequence[KvCache] | None = None,
         check_rows: bool = False,
     ) -> list[MicroBatch]:
         """Run all micro-batches; with a padded dispatcher the host never waits."""
         parts = torch.tensor_split(x_BSH, self.schedule.micro_batches)
+        of_part: Sequence[KvCache | None] = caches or [None] * len(parts)
         batches = (
-            self._micro_batch(
-                number, part, None if caches is None else caches[number], dispatcher, check_rows
-            )
-            for number, part in enumerate(parts)
+            self._micro_batch(number, part, cache, dispatcher, check_rows)
+            for number, (part, cache) in enumerate(zip(parts, of_part, strict=True))
         )
         return take_turns(batches, self.schedule)
 
@@ -173,6 +173,7 @@ class ExpertParallelModel:
                         x_TH=h_TH,
                         slot_TK=slot_TK,
                         weights_TK=weights_TK,
+                        held=layer.feed_forward.held,
                         place=place,
                         check_rows=check_rows,
                     )

@@ -1,9 +1,7 @@
 """What a rank is asked to run; the same on all ranks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .replicas import ReplicaChoice
 
@@ -25,16 +23,16 @@ class Options:
     fp8_dispatch: bool = False
     capacity_factor: float = 1.25
     trace: Path | None = None  # rank 0 writes it
-    checkpoint: Path | None = None  # None: weights are seeded
-    prompt: tuple[int, ...] = ()  # tokens of every sequence; empty: seeded
+    checkpoint: Path | None = None
+    prompt_tokens: str | None = None  # ids, separated by commas
     new_tokens: int = 1  # to generate after them, with a checkpoint
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens of every sequence; empty: they are seeded."""
+        return tuple(map(int, self.prompt_tokens.split(","))) if self.prompt_tokens else ()
 
-def read_options(values: Mapping[str, Any]) -> Options:
-    """Return the options as the command line gives them; a prompt sets the sequences' length."""
-    values = dict(values)
-    text = values.pop("prompt_tokens")
-    if text is None:
-        return Options(**values)
-    prompt = tuple(map(int, text.split(",")))
-    return Options(**{**values, "prompt": prompt, "sequence_length": len(prompt)})
+    @property
+    def positions(self) -> int:
+        """Tokens of a sequence."""
+        return len(self.prompt) or self.sequence_length

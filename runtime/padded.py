@@ -78,7 +78,7 @@ class _PaddedTransfer(Transfer):
         self._channel = channel = dispatcher.channel
         self._wire, self._place = dispatcher.wire, routed.place
         self._capacity, self._dtype = dispatcher.capacity, routed.x_TH.dtype
-        self._slots_per_rank = dispatcher.slots_per_rank
+        self._slots_per_rank, self._held = dispatcher.slots_per_rank, routed.held
         slot_N = routed.slot_TK.flatten()
         num_slots = channel.world_size * dispatcher.slots_per_rank
         self.counts = Counts(own_S=count(slot_N, num_slots))
@@ -102,16 +102,17 @@ class _PaddedTransfer(Transfer):
         del self._written
 
     def receive(self) -> SlotRows:
-        """Return the rows in the order of their slots, padding included."""
+        """Return the rows of slots that have an expert, padding included."""
         self._received = self._flight.finish()  # held until the channel is released
         rows_RH = self._wire.read(self._received, self._dtype)
-        rows_of_slot = [self._channel.world_size * self._capacity] * self._slots_per_rank
-        return SlotRows(rows_RH=self._exchanged(rows_RH, to_slots=True), rows_of_slot=rows_of_slot)
+        rows = self._channel.world_size * self._capacity
+        rows_of_slot = [rows * held for held in self._held]
+        return SlotRows(rows_RH=self._by_slot(rows_RH), rows_of_slot=rows_of_slot)
 
     def send_back(self, outputs_RH: Tensor) -> None:
         """Send the outputs of all places back."""
         self._flight = self._fly("combine")
-        self._flight.start(self._exchanged(outputs_RH, to_slots=False))
+        self._flight.start(self._by_source(outputs_RH))
 
     def receive_back(self) -> Tensor:
         """Add up the outputs."""
@@ -124,9 +125,24 @@ class _PaddedTransfer(Transfer):
         rows = [self._slots_per_rank * self._capacity] * self._channel.world_size
         return Flight(self._channel, rows, rows, name=name, place=self._place)
 
-    def _exchanged(self, rows_RH: Tensor, *, to_slots: bool) -> Tensor:
-        """Return rows by source and slot in the order of slot and source, or the other way."""
-        sources, slots = self._channel.world_size, self._slots_per_rank
-        outer, inner = (sources, slots) if to_slots else (slots, sources)
-        blocks = rows_RH.view(outer, inner, self._capacity, rows_RH.shape[1])
-        return blocks.transpose(0, 1).reshape(len(rows_RH), rows_RH.shape[1])
+    def _by_slot(self, rows_RH: Tensor) -> Tensor:
+        """Return rows by source, slot and number in the order of slot, source and number.
+
+        Rows of slots without an expert are left out.
+        """
+        shape = (self._channel.world_size, len(self._held), self._capacity, rows_RH.shape[1])
+        blocks_WPCH = rows_RH.view(shape)
+        kept = [blocks_WPCH[:, slot] for slot, held in enumerate(self._held) if held]
+        if not kept:
+            return rows_RH[:0]
+        return (kept[0] if len(kept) == 1 else torch.stack(kept)).reshape(-1, rows_RH.shape[1])
+
+    def _by_source(self, rows_RH: Tensor) -> Tensor:
+        """Return rows in the order of `_by_slot` in the order before it."""
+        shape = (sum(self._held), self._channel.world_size, self._capacity, rows_RH.shape[1])
+        if len(self._held) == sum(self._held) == 1:
+            return rows_RH
+        blocks = iter(rows_RH.view(shape))
+        nothing_WCH = rows_RH.new_zeros(shape[1:])
+        by_slot = [next(blocks) if held else nothing_WCH for held in self._held]
+        return torch.stack(by_slot, dim=1).flatten(0, 2)

@@ -61,7 +61,7 @@ def choose(plan: Plan, options: Options, device: torch.device) -> Choice:
     """
     workload = Workload(
         sequences=options.sequences,
-        positions=options.sequence_length,
+        positions=options.positions,
         device_type=device.type,
     )
     dispatcher, reason = choose_dispatcher(

@@ -32,7 +32,7 @@ from .environment import (
     read_environment,
 )
 from .measure import run_rank
-from .options import Options, read_options
+from .options import Options
 from .result import Result, result_text, summary_lines
 
 _PROGRAM = "python -m epplan.runtime.worker"
@@ -54,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
 def command(plan: Path, result: Path | None, **options: Any) -> None:
     """Run one rank of PLAN, with torchrun's variables in the environment."""
     try:
-        _run(plan, read_options(options), result)
+        _run(plan, Options(**options), result)
     except EpplanError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None

@@ -117,7 +117,12 @@ def scale_by_slot(
         x_TH = torch.randn(len(slot_TK), HIDDEN, generator=generator)
         weights_TK = torch.rand(slot_TK.shape, generator=generator)
         routed = Routed(
-            x_TH=x_TH, slot_TK=slot_TK, weights_TK=weights_TK, place=PLACE, check_rows=True
+            x_TH=x_TH,
+            slot_TK=slot_TK,
+            weights_TK=weights_TK,
+            held=(True,) * slots_per_rank,
+            place=PLACE,
+            check_rows=True,
         )
         out_TH, num_rows, counts_WWP = through(dispatcher, routed)
         rerun = dispatcher.rerun(counts_WWP[None])
@@ -163,6 +168,7 @@ def overflow(rank: int) -> tuple[int | None, int]:
         x_TH=torch.ones(len(slot_TK), HIDDEN),
         slot_TK=slot_TK,
         weights_TK=torch.ones(slot_TK.shape),
+        held=(True,),
         place=PLACE,
     )
     out_TH, _, counts = through(dispatcher, routed)
@@ -187,6 +193,7 @@ def local_rows(rank: int, slot: int) -> None:
         x_TH=torch.ones(2, HIDDEN),
         slot_TK=torch.tensor([[0], [slot]]),
         weights_TK=torch.ones(2, 1),
+        held=(True,),
         place=PLACE,
     )
     out_TH, _, counts = through(Local(channel(rank, 1), 2), routed)
@@ -203,6 +210,7 @@ def local_with_a_row_for_another_rank(rank: int) -> None:
         x_TH=torch.ones(2, HIDDEN),
         slot_TK=torch.tensor([[2 * rank], [3]]),
         weights_TK=torch.ones(2, 1),
+        held=(True,),
         place=PLACE,
     )
     through(Local(channel(rank, 2), 2), routed)
@@ -222,6 +230,7 @@ def route_rows(rank: int, slots: list[int]) -> Routed:
         x_TH=torch.zeros(len(slots), HIDDEN),
         slot_TK=torch.tensor(slots)[:, None],
         weights_TK=torch.ones(len(slots), 1),
+        held=(True,),
         place=PLACE,
         check_rows=True,
     )
