@@ -122,6 +122,13 @@ _OPTIONS = (
         help="Tokens of every sequence, in place of seeded ones and of --sequence-length; with "
         "--checkpoint.",
     ),
+    click.option(
+        "--new-tokens",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="To generate after each sequence, the likeliest each time; with --checkpoint.",
+    ),
 )
 
 

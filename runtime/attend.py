@@ -54,6 +54,13 @@ def attend(
     mask = None
     if 1 < num_queries < num_keys:
         mask = causal_lower_right(num_queries, num_keys)  # a kind of mask that kernels know
+    if num_queries == 1:
+        # Heads that share a key stand in for queries: repeating the keys would cost their memory.
+        num_sequences, kv_heads, _, width = key_BGTD.shape
+        num_sharing = query_BQSD.shape[1] // kv_heads
+        shared_BGnD = query_BQSD.reshape(num_sequences, kv_heads, num_sharing, width)
+        out_BGnV = F.scaled_dot_product_attention(shared_BGnD, key_BGTD, value_BGTV, scale=scale)
+        return out_BGnV.reshape(*query_BQSD.shape[:3], value_BGTV.shape[3])
     return F.scaled_dot_product_attention(
         query_BQSD,
         key_BGTD,

@@ -108,9 +108,9 @@ def _latent(
 ) -> Tensor:
     """Return the heads' outputs, [B, Q, S, V].
 
-    The cache holds the latents, C + R elements a position, not the heads made from them. Scores
-    can be had in two ways: make the heads of all T positions, or bring the queries into the latent
-    space, where all heads share one key. The cheaper one is taken.
+    The cache holds the latents, C + R elements a position, not the heads made from them. For many
+    queries the heads of all T positions are made. A single query is brought into the latent space
+    instead, where all heads share one key: that takes 1 / C of the multiplications.
     """
     query_BQSN, query_BQSR = _latent_query(x_BSH, weights, spec, step)
     latent_BSC, key_rope_BSR = torch.split(
@@ -123,11 +123,7 @@ def _latent(
         no_value = entry_B1TE[..., :0]  # the value is part of the key
         entry_B1TE, _ = step.cache.update(layer, entry_B1TE, no_value)
     expand_QOC = torch.unflatten(weights["expand"], 0, (spec.num_heads, -1))
-    through = (
-        _attend_latents
-        if _latents_are_cheaper(spec, x_BSH.shape[1], entry_B1TE.shape[2])
-        else _attend_heads
-    )
+    through = _attend_latents if x_BSH.shape[1] == 1 else _attend_heads
     return through(query_BQSN, query_BQSR, entry_B1TE, expand_QOC, spec, layer)
 
 
@@ -143,15 +139,6 @@ def _latent_query(
         query_BQSD, [spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1
     )
     return query_BQSN, rotate(query_BQSR, step.rotation)
-
-
-def _latents_are_cheaper(spec: AttentionSpec, num_queries: int, num_keys: int) -> bool:
-    """Compare multiplications of one head: scores and values, and the way into and out of them."""
-    latent, pairs = spec.kv_lora_rank, num_queries * num_keys
-    head = spec.qk_nope_head_dim + spec.head_dim
-    in_latents = pairs * (2 * latent + spec.qk_rope_head_dim) + num_queries * latent * head
-    in_heads = pairs * (head + spec.qk_rope_head_dim) + num_keys * latent * head
-    return in_latents < in_heads
 
 
 def _attend_latents(

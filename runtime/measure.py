@@ -19,12 +19,13 @@ from epplan.planner.plan import Plan
 from .build import build_model
 from .clock import synchronize
 from .environment import Setting
+from .generate import generate
 from .model import ExpertParallelModel, Step
 from .monitor import measure_load
 from .options import Options
 from .result import PhaseTime, Result
 from .schedule import Choice, choose
-from .source import open_source
+from .source import CheckpointSource, open_source
 from .trace import trace_text
 from .verify import Verification, verify
 
@@ -73,12 +74,14 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
     verification = None
     if options.verify:
         verification = verify(step, plan, model.layers, source, rank, float8=options.fp8_dispatch)
+    generated = None
+    if isinstance(source, CheckpointSource):
+        generated = generate(model, source.head, source.tokens(rank), options.new_tokens).tolist()
     if timings is None:
         return None
     reran = warm_up.reran + timings[0].reran
     notes = (*setting.notes, *source.notes, *_notes(options, choice, reran))
-    next_tokens = source.next_tokens(step.hidden_BSH)
-    return _result(plan, options, setting, choice, timings, verification, step, next_tokens, notes)
+    return _result(plan, options, setting, choice, timings, verification, step, generated, notes)
 
 
 def _time_steps(
@@ -124,7 +127,7 @@ def _result(
     timings: list[RankTiming],
     verification: Verification | None,
     step: Step,
-    next_tokens: tuple[int, ...] | None,
+    generated: list[list[int]] | None,
     notes: tuple[str, ...],
 ) -> Result:
     load = measure_load(plan, step.counts_LWWP)
@@ -160,7 +163,7 @@ def _result(
         rank_load=load.rank_load,
         balance=load.balance,
         checkpoint=None if options.checkpoint is None else str(options.checkpoint),
-        next_tokens=next_tokens,
+        generated=generated,
         notes=notes,
     )
 

@@ -73,6 +73,15 @@ class ExpertParallelModel:
         self.schedule = schedule
         self.clock = clock
 
+    def new_caches(self, capacity: int = 0) -> list[KvCache]:
+        """Return empty caches, one for each micro-batch.
+
+        Args:
+            capacity: positions to make room for at once.
+        """
+        num_layers = len(self.layers)
+        return [KvCache(num_layers, capacity) for _ in range(self.schedule.micro_batches)]
+
     def forward(
         self,
         x_BSH: Tensor,
@@ -85,8 +94,8 @@ class ExpertParallelModel:
 
         Args:
             x_BSH: hidden states; ranks may have different numbers of sequences, or none.
-            caches: of each micro-batch the positions already seen, which these follow; they are
-                added to it.
+            caches: from `new_caches`, of each micro-batch the positions already seen, which these
+                follow; they are added to it.
             check_rows: check the origin of every row that arrives.
             train: keep what gradients need.
         """

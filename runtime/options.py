@@ -25,6 +25,7 @@ class Options:
     trace: Path | None = None  # rank 0 writes it
     checkpoint: Path | None = None
     prompt_tokens: str | None = None  # ids, separated by commas
+    new_tokens: int = 1  # to generate after them, with a checkpoint
 
     @property
     def prompt(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from epplan.planner.plan import Plan
 from .monitor import LayerBalance
 
 _MAX_RANKS = 16  # rows of the printed table
+_MAX_SEQUENCES = 4  # whose new tokens are printed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class Result:
     rank_load: list[list[int]]  # [MoE layers][ranks]
     balance: tuple[LayerBalance, ...]
     checkpoint: str | None = None  # None: seeded weights
-    next_tokens: tuple[int, ...] | None = None  # likeliest, after each of rank 0's sequences
+    generated: list[list[int]] | None = None  # tokens after each of rank 0's sequences
     notes: tuple[str, ...]
 
 
@@ -77,14 +78,21 @@ def summary_lines(result: Result, plan: Plan) -> Iterator[str]:
     yield _verdict(result)
     if result.checkpoint is not None:
         yield f"weights of {result.checkpoint}"
-    if result.next_tokens is not None:
-        tokens = ", ".join(map(str, result.next_tokens))
-        yield f"likeliest next token of each of rank 0's sequences: {tokens}"
+    if result.generated is not None:
+        yield from _generated_lines(result.generated)
     yield from (f"note: {note}" for note in result.notes)
     yield ""
     yield from _layer_table(result)
     yield ""
     yield from _rank_table(result, plan)
+
+
+def _generated_lines(generated: list[list[int]]) -> Iterator[str]:
+    """Yield the new tokens of rank 0's first sequences."""
+    for number, tokens in enumerate(generated[:_MAX_SEQUENCES]):
+        yield f"sequence {number} of rank 0 goes on: {', '.join(map(str, tokens))}"
+    if len(generated) > _MAX_SEQUENCES:
+        yield f"  ... and {len(generated) - _MAX_SEQUENCES} more sequences"
 
 
 def _verdict(result: Result) -> str:

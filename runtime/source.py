@@ -35,9 +35,6 @@ class Source(Protocol):
     def hidden(self, rank: int) -> Tensor:
         """Return the input hidden states of a rank, [B, S, H]."""
 
-    def next_tokens(self, x_BSH: Tensor) -> tuple[int, ...] | None:
-        """Return the likeliest token after each sequence; None where there are no tokens."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeededSource:
@@ -58,9 +55,6 @@ class SeededSource:
         shape = (self.sequences, self.positions, weights.spec.hidden_size)
         return seeded_hidden(weights.seed, rank, shape, device=weights.device, dtype=weights.dtype)
 
-    def next_tokens(self, x_BSH: Tensor) -> None:
-        """Return nothing: the inputs are no tokens."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSource:
@@ -80,21 +74,17 @@ class CheckpointSource:
             return ()
         return ("tokens are drawn from the seed: the load is not that of text",)
 
-    def hidden(self, rank: int) -> Tensor:
-        """Return the embedded tokens of a rank, [B, S, H]."""
+    def tokens(self, rank: int) -> Tensor:
+        """Return the input tokens of a rank, [B, S]."""
         device = self.weights.device
         if self.prompt:
-            token_BS = torch.tensor([self.prompt] * self.sequences, device=device)
-        else:
-            shape, vocabulary = (self.sequences, self.positions), self.weights.spec.vocab_size
-            token_BS = seeded_tokens(self.seed, rank, shape, vocabulary, device=device)
-        return self.head.embed(token_BS)
+            return torch.tensor([self.prompt] * self.sequences, device=device)
+        shape, vocabulary = (self.sequences, self.positions), self.weights.spec.vocab_size
+        return seeded_tokens(self.seed, rank, shape, vocabulary, device=device)
 
-    def next_tokens(self, x_BSH: Tensor) -> tuple[int, ...]:
-        """Return the likeliest token after each sequence."""
-        with torch.inference_mode():
-            token_B1 = self.head.logits(x_BSH[:, -1:]).argmax(-1)
-        return tuple(token_B1.flatten().tolist())
+    def hidden(self, rank: int) -> Tensor:
+        """Return the embedded tokens of a rank, [B, S, H]."""
+        return self.head.embed(self.tokens(rank))
 
 
 def open_source(
@@ -107,7 +97,7 @@ def open_source(
     sequences: int,
     positions: int,
     rank: int,
-) -> Source:
+) -> SeededSource | CheckpointSource:
     """Return the source of a run; a collective where there is a checkpoint.
 
     Args:

@@ -31,8 +31,13 @@ class TensorFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ModuleNotFoundError:
+            raise InputError(
+                "reading a checkpoint needs safetensors, which is not installed",
+                hints=["pip install 'epplan[runtime]'"],
+            ) from None
         self._file_of: dict[str, Any] = {}
         indexed = _read_index(folder)
         problems = []

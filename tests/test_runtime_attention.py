@@ -194,30 +194,6 @@ def test_the_cache_of_latent_attention_holds_what_the_planner_counts() -> None:
     assert (keys.numel() + values.numel()) / (2 * 9) == MLA.kv_elements_per_token()
 
 
-def test_latents_are_attended_directly_only_where_that_is_cheaper(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A published decode step: 128 heads of 128 + 64, latents of 512."""
-    from epplan.runtime import attention as module
-
-    spec = AttentionSpec(
-        kind="mla",
-        num_heads=128,
-        num_kv_heads=128,
-        head_dim=128,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-    )
-    assert module._latents_are_cheaper(spec, 1, 4096)  # decode
-    assert not module._latents_are_cheaper(spec, 4096, 4096)  # prefill
-    assert not module._latents_are_cheaper(spec, 1, 1)
-    for cheaper in (True, False):  # and both give the same
-        monkeypatch.setattr(module, "_latents_are_cheaper", lambda *_, c=cheaper: c)
-        weights, x = make_weights(MLA), make_input(5)
-        torch.testing.assert_close(run(MLA, weights, x), naive(x, weights, MLA), **CLOSE)
-
-
 @pytest.mark.parametrize("spec", [GQA, MLA, MLA.model_copy(update={"q_lora_rank": 8})])
 def test_projections_hold_the_parameters_the_planner_counts(spec: AttentionSpec) -> None:
     shapes = [shape for shape in attention_shapes(spec, HIDDEN).values() if len(shape) == 2]

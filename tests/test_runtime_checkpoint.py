@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -391,6 +392,14 @@ def test_damaged_checkpoints(damage: Callable[[Path], None], message: str, tmp_p
     with pytest.raises(InputError) as caught:
         open_folder(folder)
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(make_model("mixtral"), tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(InputError, match="needs safetensors, which is not installed") as caught:
+        open_folder(folder)
+    assert caught.value.hints == ("pip install 'epplan[runtime]'",)
 
 
 def test_no_configuration(tmp_path: Path) -> None:

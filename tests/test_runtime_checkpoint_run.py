@@ -29,9 +29,13 @@ def make_run(case: str, folder: Path) -> tuple[Any, Path, Path]:
     return reference, checkpoint, plan
 
 
-def next_token(reference: Any, prompt: list[int]) -> int:
+def continuation(reference: Any, prompt: list[int], count: int) -> list[int]:
+    """Return the likeliest tokens by transformers, without a cache."""
+    tokens = list(prompt)
     with torch.inference_mode():
-        return int(reference(torch.tensor([prompt])).logits[0, -1].argmax())
+        for _ in range(count):
+            tokens.append(int(reference(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("case", ["deepseek_v3", "gpt_oss"])
@@ -40,19 +44,20 @@ def test_a_prompt_through_the_worker(case: str, tmp_path: Path) -> None:
     path, prompt = tmp_path / "result.json", ",".join(map(str, PROMPT))
     ended = launch(
         *(plan, "--checkpoint", checkpoint, "--prompt-tokens", prompt),
-        *("--sequences", 2, "--result", path),
+        *("--sequences", 2, "--new-tokens", 6, "--result", path),
     )
     assert [code for code, _, _ in ended] == [0] * RANKS, ended
     result: dict[str, Any] = json.loads(path.read_text())
     assert result["verified"] is True
     assert result["sequence_length"] == len(PROMPT)
     assert result["checkpoint"] == str(checkpoint)
-    token = next_token(reference, PROMPT)
-    assert result["next_tokens"] == [token, token]
+    new = continuation(reference, PROMPT, 6)
+    assert result["generated"] == [new, new]
+    assert len(set(new)) > 1
     assert not any("seed" in note for note in result["notes"])
     lines = ended[0][1].splitlines()
     assert f"weights of {checkpoint}" in lines
-    assert f"likeliest next token of each of rank 0's sequences: {token}, {token}" in lines
+    assert f"sequence 1 of rank 0 goes on: {', '.join(map(str, new))}" in lines
 
 
 def test_seeded_tokens_differ_by_sequence_and_rank(tmp_path: Path) -> None:
@@ -65,7 +70,8 @@ def test_seeded_tokens_differ_by_sequence_and_rank(tmp_path: Path) -> None:
     assert [code for code, _, _ in ended] == [0] * RANKS, ended
     result: dict[str, Any] = json.loads(path.read_text())
     assert result["verified"] is True
-    assert len(set(result["next_tokens"])) > 1
+    assert len({tuple(new) for new in result["generated"]}) > 1
+    assert "  ... and 4 more sequences" in ended[0][1].splitlines()
     assert "tokens are drawn from the seed: the load is not that of text" in result["notes"]
 
 
@@ -126,4 +132,4 @@ def test_solve_and_launch_a_checkpoint(tmp_path: Path) -> None:
     )
     assert result["verified"] is True
     assert result["ranks"] == 4
-    assert len(result["next_tokens"]) == 2
+    assert [len(new) for new in result["generated"]] == [1, 1]

@@ -14,6 +14,7 @@ from epplan.runtime.checkpoint import checkpoint_problems, open_checkpoint
 from epplan.runtime.head import build_head
 from epplan.runtime.kv_cache import KvCache
 from epplan.runtime.options import Options
+from epplan.runtime.padded import Padded
 from epplan.runtime.schedule import choose
 from tests.checkpoints import CASES, make_model, make_tokens, write_checkpoint
 from tests.fork_ranks import run_ranks
@@ -24,34 +25,49 @@ SEQUENCES, LENGTH, PREFILL = 16, 13, 9
 MICRO_BATCHES = 2  # with one sequence a rank, one of them is empty
 
 
-def logits_of_rank(rank: int, plan: Plan, folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits of this rank's sequences: all at once, and token by token."""
+def logits_of_rank(
+    rank: int, plan: Plan, folder: Path, tokens: Tensor, dispatcher: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of this rank's sequences: all at once, and token by token.
+
+    A padded dispatcher has room for one row only, so that steps are run again.
+    """
     weights = open_checkpoint(folder, plan.model, device=CPU, dtype=torch.float32)
     assert not checkpoint_problems(weights)
+    own = tokens.chunk(plan.world_size)[rank]
     options = Options(
         backend="gloo",
-        sequences=SEQUENCES // plan.world_size,
+        sequences=own.shape[0],
         sequence_length=LENGTH,
         steps=1,
         seed=0,
         verify=False,
         micro_batches=MICRO_BATCHES,
+        dispatcher=dispatcher,
     )
     model = build_model(plan, options, choose(plan, options, CPU), weights, rank)
     head = build_head(weights)
-    own = tokens.chunk(plan.world_size)[rank]
+    reran = []
 
-    def run(step: Tensor, caches: list[KvCache] | None) -> Tensor:
-        return head.logits(model.forward(head.embed(step), caches=caches).hidden_BSH)
+    def run(x: Tensor, caches: list[KvCache] | None) -> Tensor:
+        if isinstance(model.dispatcher, Padded):
+            model.dispatcher.capacity = 1
+        step = model.forward(head.embed(x), caches=caches)
+        reran.append(step.reran)
+        return head.logits(step.hidden_BSH)
 
-    caches = [KvCache(plan.model.num_layers) for _ in range(MICRO_BATCHES)]
+    caches = model.new_caches()
     steps = [own[:, :PREFILL], *torch.split(own[:, PREFILL:], 1, dim=1)]
-    return run(own, None), torch.cat([run(step, caches) for step in steps], dim=1)
+    logits = run(own, None), torch.cat([run(step, caches) for step in steps], dim=1)
+    assert any(reran) == (dispatcher == "padded")
+    return logits
 
 
-def assert_same_logits(plan: Plan, folder: Path, tokens: Tensor, expected: Tensor) -> None:
+def assert_same_logits(
+    plan: Plan, folder: Path, tokens: Tensor, expected: Tensor, dispatcher: str = "auto"
+) -> None:
     results: list[tuple[Tensor, Tensor]] = run_ranks(
-        logits_of_rank, plan.world_size, plan, folder, tokens
+        logits_of_rank, plan.world_size, plan, folder, tokens, dispatcher
     )
     largest = float(expected.abs().max())
     for at_once_or_stepwise in zip(*results, strict=True):
@@ -74,3 +90,11 @@ def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     assert_same_logits(make_plan(spec, 16), folder, tokens, expected)
     alone = make_plan(spec, 1, slots_per_rank=spec.num_experts, num_hosts=1)
     assert_same_logits(alone, folder, tokens, expected)
+
+
+def test_a_step_that_is_run_again_adds_to_the_cache_once(tmp_path: Path) -> None:
+    reference, tokens = make_model("qwen3_moe"), make_tokens(8, LENGTH)
+    folder = write_checkpoint(reference, tmp_path)
+    plan = make_plan(load_model(str(folder)), 4, slots_per_rank=4)
+    expected = reference_logits(reference, tokens)
+    assert_same_logits(plan, folder, tokens, expected, "padded")
