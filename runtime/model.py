@@ -157,8 +157,9 @@ class ExpertParallelModel:
         counts: list[Counts] = []
         for index, layer in enumerate(self.layers):
             place = Place(index, number)
-            h_BSH = rms_norm(x_BSH, layer.input_norm_H, spec.norm_epsilon)
-            x_BSH = x_BSH + attention(h_BSH, layer.attention, spec.attention, step, index)
+            if len(x_BSH):  # an empty micro-batch has none, and CUDA's would return None for it
+                h_BSH = rms_norm(x_BSH, layer.input_norm_H, spec.norm_epsilon)
+                x_BSH = x_BSH + attention(h_BSH, layer.attention, spec.attention, step, index)
             self.clock.mark("attention", place)
             h_BSH = rms_norm(x_BSH, layer.post_attention_norm_H, spec.norm_epsilon)
             h_TH = h_BSH.flatten(0, 1)
