@@ -159,7 +159,9 @@ class ExpertParallelModel:
         for index, layer in enumerate(self.layers):
             place = Place(index, number)
             x_BSH, h_BSH = add_rms_norm(x_BSH, out_BSH, layer.input_norm_H, spec.norm_epsilon)
-            out_BSH = attention(h_BSH, layer.attention, spec.attention, step, index)
+            out_BSH = h_BSH
+            if len(x_BSH):  # an empty micro-batch has no attention: CUDA's would return None for it
+                out_BSH = attention(h_BSH, layer.attention, spec.attention, step, index)
             self.clock.mark("attention", place)
             gain_H = layer.post_attention_norm_H
             x_BSH, h_BSH = add_rms_norm(x_BSH, out_BSH, gain_H, spec.norm_epsilon)

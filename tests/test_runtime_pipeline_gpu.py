@@ -95,8 +95,11 @@ def test_equals_the_dense_model(spec: ModelSpec, tmp_path: Path) -> None:
 
 def test_transfers_run_beside_the_computation() -> None:
     """Attention of the second micro-batch is queued before the rows of the first are there."""
-    spec = wide(REFERENCE, 32.0)
-    options = replace(OPTIONS, dispatcher="alltoall", micro_batches=2, sequence_length=1024)
+    # Large enough for the device to be behind the host: attention takes milliseconds.
+    spec = wide(REFERENCE, 64.0)
+    options = replace(
+        OPTIONS, dispatcher="alltoall", micro_batches=2, sequences=2, sequence_length=8192
+    )
     model = build(spec, options)
     x_BSH = hidden(spec, options)
     for _ in range(3):
@@ -104,12 +107,11 @@ def test_transfers_run_beside_the_computation() -> None:
     spans = model.clock.spans()
 
     def find(track: str, name: str, layer: int, micro_batch: int) -> Span:
-        (span,) = [
+        return [
             span
             for span in spans
             if (span.track, span.name, span.place) == (track, name, (layer, micro_batch))
-        ]
-        return span
+        ][-1]
 
     for layer in range(spec.num_layers):
         rows = find("communication", "dispatch", layer, 0)
