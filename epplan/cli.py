@@ -50,7 +50,7 @@ def cli() -> None:
     \b
     Exit codes: 0 ok, 1 internal error, 2 usage or invalid input, 3 infeasible,
     4 limit hit with a feasible plan written, 5 limit hit without one, 6 findings,
-    130 interrupted.
+    7 a rank hangs, 130 interrupted.
     """
 
 
