@@ -1,5 +1,6 @@
 """The process group of a run: joined and used with a timeout, and watched."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,14 +35,21 @@ def process_group(
     if device is not None:
         torch.cuda.set_device(device)
     store = _join_store(environment, timeout)
+    # A connection of its own, whatever the other one is waiting for.
+    own_store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
     with (
-        Watchdog(store, environment.rank, environment.world_size, timeout_s) as watchdog,
+        Watchdog(own_store, environment.rank, environment.world_size, timeout_s) as watchdog,
         watchdog.explained(),
     ):
         dist.init_process_group(
             setting.backend,
-            # The watchdog waits on the other connection, whatever this one is waiting for.
-            store=store.clone(),
+            store=store,
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,
@@ -56,6 +64,7 @@ def process_group(
 def _join_store(environment: RankEnvironment, timeout: timedelta) -> Store:
     """Return the store on rank 0, found by torchrun's variables."""
     is_host = environment.rank == 0
+    store: Store
     try:
         # Half the time for the others, because torch tries twice to reach rank 0.
         store, _, _ = next(rendezvous("env://", timeout=timeout if is_host else timeout / 2))
