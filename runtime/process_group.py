@@ -36,7 +36,7 @@ def process_group(
         torch.cuda.set_device(device)
     store = _join_store(environment, timeout)
     # A connection of its own, whatever the other one is waiting for.
-    own_store = dist.TCPStore(
+    own_store = dist.TCPStore(  # type: ignore[attr-defined]  # public, left out of __all__
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
