@@ -151,7 +151,7 @@ def _trace(path: Path) -> None:
     for planned in (1001, 3001):
         window = counts[iterations.index(planned)]  # [16 sources, layers, experts]
         traffic = Traffic(
-            counts=_on_ranks(window),
+            counts=_on_ranks(window)[None],
             source=path.name,
             sha256="",
             windows=1,
@@ -160,7 +160,9 @@ def _trace(path: Path) -> None:
         )
         began = time.monotonic()
         solution = _solve(cluster, model, traffic, 0.005, 120)
-        hosts = np.array([layer.placement // 8 for layer in solution.layers])  # [layers, experts]
+        hosts = np.array(
+            [layer.shares.argmax(axis=1) // 8 for layer in solution.layers]
+        )  # [layers, experts]
         later = {
             f"worst_host_over_contiguous_+{steps}": _ratio(
                 counts[iterations.index(planned + steps)], hosts

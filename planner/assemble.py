@@ -8,7 +8,7 @@ import epplan
 from epplan.topologies.graph import Cluster, Nic
 from epplan.topologies.units import format_time
 
-from .cost import LayerEvaluation, Phase, Placement
+from .cost import Floats, LayerEvaluation, Phase, Shares
 from .plan import (
     Certificate,
     Inputs,
@@ -54,9 +54,7 @@ def assemble_plan(
         reasons: automatic choices made before the problem, in words.
     """
     layers = solution.layers
-    slots_per_rank = max(
-        int(np.bincount(layer.placement, minlength=problem.num_ranks).max()) for layer in layers
-    )
+    slots_per_rank = max(int(np.count_nonzero(layer.shares, axis=0).max()) for layer in layers)
     costs = [_layer_cost(problem, number, layer) for number, layer in enumerate(layers)]
     return Plan(
         epplan_version=epplan.__version__,
@@ -78,8 +76,9 @@ def assemble_plan(
         ranks=_ranks(cluster, problem),
         slots_per_rank=slots_per_rank,
         expert_of_slot=tuple(
-            _slots(layer.placement, problem.num_ranks, slots_per_rank) for layer in layers
+            tuple(slot for slot, _ in _slots(layer.shares, slots_per_rank)) for layer in layers
         ),
+        share_of_slot=_shares(layers, slots_per_rank),
         cost=tuple(costs),
         memory=_memory(problem, layers),
         certificate=_certificate(problem, solution, costs),
@@ -109,16 +108,24 @@ def _ranks(cluster: Cluster, problem: Problem) -> tuple[Rank, ...]:
     return tuple(ranks)
 
 
-def _slots(placement: Placement, num_ranks: int, per_rank: int) -> tuple[int | None, ...]:
-    slots: list[int | None] = []
-    for rank in range(num_ranks):
-        experts = np.flatnonzero(placement == rank).tolist()
-        slots += experts + [None] * (per_rank - len(experts))
-    return tuple(slots)
+def _slots(shares: Shares, per_rank: int) -> list[tuple[int | None, float]]:
+    """Return expert and share of every slot, in rank order."""
+    slots: list[tuple[int | None, float]] = []
+    for of_rank in shares.T:
+        experts: list[int | None] = [*np.flatnonzero(of_rank).tolist()]
+        slots += zip(experts, of_rank[of_rank > 0].tolist(), strict=True)
+        slots += [(None, 0.0)] * (per_rank - len(experts))
+    return slots
+
+
+def _shares(layers: Sequence[LayerSolution], per_rank: int) -> tuple[tuple[float, ...], ...] | None:
+    if all(np.count_nonzero(layer.shares) == len(layer.shares) for layer in layers):
+        return None  # one copy of each expert takes all of its rows
+    return tuple(tuple(share for _, share in _slots(layer.shares, per_rank)) for layer in layers)
 
 
 def _memory(problem: Problem, layers: Sequence[LayerSolution]) -> tuple[RankMemory, ...]:
-    held = sum(np.bincount(layer.placement, minlength=problem.num_ranks) for layer in layers)
+    held = sum(np.count_nonzero(layer.shares, axis=0) for layer in layers)
     return tuple(
         use.model_copy(update={"experts": int(count) * problem.model.expert_bytes})
         for use, count in zip(problem.fixed, np.asarray(held), strict=True)
@@ -126,13 +133,13 @@ def _memory(problem: Problem, layers: Sequence[LayerSolution]) -> tuple[RankMemo
 
 
 def _layer_cost(problem: Problem, number: int, layer: LayerSolution) -> LayerCost:
-    evaluation = layer.evaluation
+    dispatch_s, compute_s, combine_s = layer.evaluation.phase_seconds()
     return LayerCost(
         layer=problem.model.moe_layers[number],
-        dispatch_s=evaluation.dispatch.seconds,
-        compute_s=evaluation.compute.seconds,
-        combine_s=evaluation.combine.seconds,
-        total_s=evaluation.seconds,
+        dispatch_s=dispatch_s,
+        compute_s=compute_s,
+        combine_s=combine_s,
+        total_s=layer.evaluation.seconds,
         bound_s=layer.bound_s,
         binding=_binding(problem, number, layer),
         verdict=_verdict(problem, number, layer),
@@ -145,17 +152,23 @@ def _binding(problem: Problem, number: int, layer: LayerSolution) -> str:
 
 
 def _longest(evaluation: LayerEvaluation) -> Phase:
-    return max(evaluation.phases, key=lambda phase: phase.seconds)
+    return max(evaluation.worst.phases, key=lambda phase: phase.seconds)
 
 
 def _whose(problem: Problem, number: int, layer: LayerSolution, phase: Phase) -> str:
     """Name the expert with most rows of the rank that loads the resource most, if it stands out."""
-    experts = np.flatnonzero(layer.placement == phase.rank)
-    rows = problem.counts[number].sum(axis=0)
-    if not experts.size or 2 * rows[experts].max() < rows[experts].sum():
+    rows = _rows_of_expert(problem, number)
+    there = rows * layer.shares[:, phase.rank]
+    if not there.any() or 2 * there.max() < there.sum():
         return ""
-    expert = int(experts[rows[experts].argmax()])
+    expert = int(there.argmax())
     return f" (expert {expert}, {rows[expert] / rows.sum():.1%} of the layer's rows)"
+
+
+def _rows_of_expert(problem: Problem, number: int) -> Floats:
+    """Return the rows of every expert of a layer, mean over windows, [experts]."""
+    rows: Floats = problem.counts[:, number].sum(axis=1).mean(axis=0)
+    return rows
 
 
 def _verdict(problem: Problem, number: int, layer: LayerSolution) -> str:
@@ -184,11 +197,12 @@ def _with_a_replica(problem: Problem, number: int) -> tuple[int, float]:
     However they are split, one copy keeps at least half of every row's share: a true lower bound.
     """
     layer = RowBuilder(problem).layer(number)
-    rows = problem.counts[number].sum(axis=0)
+    rows = _rows_of_expert(problem, number)
     hot = int(rows.argmax())
     share = np.where(np.arange(len(rows)) == hot, 0.5, 1.0)
-    alone = [phase.weight * (phase.alone.min(axis=1) * share).max() for phase in layer.phases]
-    return hot, float(layer.constant_s + sum(alone))
+    return hot, layer.total(
+        [float((phase.alone.min(axis=1) * share).max()) for phase in layer.phases]
+    )
 
 
 def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost]) -> Certificate:
@@ -209,6 +223,21 @@ def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost
     )
 
 
+def _objective(problem: Problem) -> str:
+    """Say how phases and windows become the objective."""
+    objective, windows = problem.objective, len(problem.counts)
+    text = (
+        "a layer takes the longer of transfers and experts, which overlap"
+        if objective.overlap
+        else "phases are added, not overlapped"
+    )
+    if windows > 1:
+        worst = objective.num_worst(windows)
+        which = f"the worst {worst} of {windows}" if worst < windows else f"{windows}"
+        text += f"; a time is the mean over {which} windows of traffic"
+    return text
+
+
 def _assumptions(problem: Problem) -> tuple[str, ...]:
     links = [resource.link for resource in problem.routes.resources]
     unmeasured = sorted({link.kind for link in links if link.provenance != "measured"})
@@ -217,7 +246,7 @@ def _assumptions(problem: Problem) -> tuple[str, ...]:
         *([f"capacities of {', '.join(unmeasured)} links"] if unmeasured else []),
     ]
     return (
-        "one row per (token, expert) crosses the network; phases are added, not overlapped",
+        f"one row per (token, expert) crosses the network; {_objective(problem)}",
         "attention, shared experts and dense layers are left out: placement does not change them",
         f"{' and '.join(rates)} are rated x efficiency of hardware profiles, not measured here",
         f"{MEMORY_HEADROOM:.0%} of every GPU's memory is kept free",

@@ -1,10 +1,12 @@
 """The evaluator: what a placement costs, in seconds. Everything that prices a plan calls this.
 
-A layer is three phases, added: dispatch (hidden vectors to the experts' ranks), compute, combine
-(results back). A phase takes as long as its worst resource:
+A layer is three phases, dispatch (hidden vectors to the experts' ranks), compute and combine
+(results back), on every window of the traffic. A phase takes as long as its worst resource:
 
     t_transfer = start  +  max over links of bytes / capacity  +  longest latency of a used path
     t_compute  = max over GPUs of max(FLOPs / FLOP/s, weight bytes / HBM bytes/s)
+
+`objective` says how phases and windows become one number.
 
 Transfers are per choice: one row per (token, expert) on another rank, as `all_to_all_single` sends
 them; with one expert per GPU this is also one row per (token, rank).
@@ -21,6 +23,7 @@ from .problem import Problem
 
 Floats = npt.NDArray[np.float64]
 Placement = npt.NDArray[np.intp]  # rank of every expert of one layer, [experts]
+Shares = npt.NDArray[np.float64]  # share of an expert's rows on each rank, [experts, ranks]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,44 +38,77 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerEvaluation:
-    """The three phases of one layer."""
+class WindowEvaluation:
+    """The phases of one layer on one window of the traffic."""
 
     dispatch: Phase
     compute: Phase
     combine: Phase
+    seconds: float
 
     @property
     def phases(self) -> tuple[Phase, Phase, Phase]:
         """All phases in order."""
         return self.dispatch, self.compute, self.combine
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerEvaluation:
+    """One layer: the windows that count, the worst first, and their mean."""
+
+    windows: tuple[WindowEvaluation, ...]
+    seconds: float
+
     @property
-    def seconds(self) -> float:
-        """The phases added."""
-        return sum(phase.seconds for phase in self.phases)
+    def worst(self) -> WindowEvaluation:
+        """The slowest window."""
+        return self.windows[0]
+
+    def phase_seconds(self) -> tuple[float, float, float]:
+        """Return dispatch, compute and combine, means over the windows that count."""
+        phases = np.array([[phase.seconds for phase in w.phases] for w in self.windows])
+        dispatch, compute, combine = phases.mean(axis=0).tolist()
+        return dispatch, compute, combine
 
 
-def rows_between_ranks(problem: Problem, layer: int, placement: Placement) -> Floats:
+def one_copy(placement: Placement, num_ranks: int) -> Shares:
+    """Return the shares of a placement with one copy of each expert."""
+    return np.eye(num_ranks)[placement]
+
+
+def rows_between_ranks(problem: Problem, window: int, layer: int, shares: Shares) -> Floats:
     """Return rows sent from every home rank to every rank with experts, [ranks, ranks]."""
-    rows = np.zeros((problem.num_ranks, problem.num_ranks))
-    np.add.at(rows.T, placement, problem.counts[layer].T)
+    rows: Floats = problem.counts[window, layer] @ shares
     return rows
 
 
-def evaluate_layer(problem: Problem, layer: int, placement: Placement) -> LayerEvaluation:
+def evaluate_layer(problem: Problem, layer: int, shares: Shares) -> LayerEvaluation:
     """Return what a layer's placement costs.
 
     Args:
         problem: the problem.
         layer: ordinal of the MoE layer.
-        placement: rank of every expert, [experts].
+        shares: of every expert's rows on each rank; a copy is where the share is not 0.
     """
-    rows = rows_between_ranks(problem, layer, placement)
-    return LayerEvaluation(
-        dispatch=_transfer(problem, "dispatch", rows),
-        compute=_compute(problem, rows, placement),
-        combine=_transfer(problem, "combine", rows.T),
+    windows = [
+        _evaluate_window(problem, rows_between_ranks(problem, window, layer, shares), shares)
+        for window in range(len(problem.counts))
+    ]
+    seconds = problem.objective.seconds(np.array([window.seconds for window in windows]))
+    windows.sort(key=lambda window: -window.seconds)
+    counting = windows[: problem.objective.num_worst(len(windows))]
+    return LayerEvaluation(windows=tuple(counting), seconds=float(seconds))
+
+
+def _evaluate_window(problem: Problem, rows: Floats, shares: Shares) -> WindowEvaluation:
+    dispatch = _transfer(problem, "dispatch", rows)
+    compute = _compute(problem, rows, shares)
+    combine = _transfer(problem, "combine", rows.T)
+    seconds = problem.objective.window_seconds(
+        np.array(dispatch.seconds + combine.seconds), np.array(compute.seconds)
+    )
+    return WindowEvaluation(
+        dispatch=dispatch, compute=compute, combine=combine, seconds=float(seconds)
     )
 
 
@@ -102,9 +138,9 @@ def _rank_loading(problem: Problem, resource: int, rows: Floats) -> int:
     return int(np.asarray(per_flow.sum(axis=0)).argmax())
 
 
-def _compute(problem: Problem, rows: Floats, placement: Placement) -> Phase:
+def _compute(problem: Problem, rows: Floats, shares: Shares) -> Phase:
     model = problem.model
-    held = np.bincount(placement, minlength=problem.num_ranks)
+    held = np.count_nonzero(shares, axis=0)
     arithmetic = rows.sum(axis=0) * model.expert_flops_per_row / problem.flops_per_s
     reading = held * model.expert_bytes / problem.hbm_bytes_per_s
     seconds = np.maximum(arithmetic, reading)

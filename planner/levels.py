@@ -193,6 +193,6 @@ def run_program(
     )
     if result.status == "infeasible":
         raise EpplanError("HiGHS calls a program infeasible that has a known feasible start")
-    bound = result.bound / MICROSECONDS + program.constant_s
+    bound = result.bound / MICROSECONDS
     found = program.placements(result.values)[0] if result.values else start
     return found, bound

@@ -1,6 +1,6 @@
 """The placement problem: an EP group of GPUs, their routes, the traffic, and what fits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from epplan.topologies.routes import Routes, find_routes
 from epplan.topologies.units import format_bytes
 
 from .model import DTYPE_BYTES, ModelSpec
+from .objective import Objective
 from .plan import RankMemory
 from .traffic import Traffic
 
@@ -28,12 +29,13 @@ class Problem:
         model: the model.
         gpus: the EP group in rank order, contiguous per host.
         routes: between these GPUs.
-        counts: assignments of a step, [layers, ranks, experts].
+        counts: assignments of a step, [windows, layers, ranks, experts].
         flops_per_s: what a GPU reaches in the experts' matrix products, [ranks].
         hbm_bytes_per_s: what it reaches reading weights, [ranks].
         experts_per_gpu: most experts of one layer on a GPU.
         slots_of_gpu: most experts of all layers together that fit in a GPU's memory, [ranks].
         fixed: memory of every rank without its experts.
+        objective: which seconds count.
     """
 
     model: ModelSpec
@@ -45,6 +47,7 @@ class Problem:
     experts_per_gpu: int
     slots_of_gpu: npt.NDArray[np.int64]
     fixed: tuple[RankMemory, ...]
+    objective: Objective = field(default_factory=Objective)
 
     @property
     def num_ranks(self) -> int:
@@ -114,6 +117,7 @@ def make_problem(
     model: ModelSpec,
     traffic: Traffic,
     experts_per_gpu: int,
+    objective: Objective | None = None,
 ) -> Problem:
     """Return the problem, checked for room.
 
@@ -136,6 +140,7 @@ def make_problem(
         experts_per_gpu=experts_per_gpu,
         slots_of_gpu=np.maximum(free // model.expert_bytes, 0),
         fixed=fixed,
+        objective=objective or Objective(),
     )
     even_capacity(problem)  # refuses what does not fit
     return problem
@@ -150,8 +155,8 @@ def _fixed_memory(
     gpus: tuple[Gpu, ...], model: ModelSpec, traffic: Traffic, experts_per_gpu: int
 ) -> tuple[RankMemory, ...]:
     """Return every rank's memory before experts; rows are bounded by the hottest experts' rows."""
-    per_expert = np.sort(traffic.counts.sum(axis=1), axis=1)  # [layers, experts]
-    received = int(per_expert[:, -experts_per_gpu:].sum(axis=1).max())
+    per_expert = np.sort(traffic.counts.sum(axis=2), axis=2)  # [windows, layers, experts]
+    received = int(per_expert[:, :, -experts_per_gpu:].sum(axis=2).max())
     sent = traffic.tokens_per_rank * model.top_k
     # Rows sent and received, their results on the way back, and the experts' hidden layer.
     hidden = (2 if model.gated else 1) * model.expert_ffn_size * DTYPE_BYTES[model.dtype]

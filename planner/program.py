@@ -2,8 +2,12 @@
 
     x[l,e,c] in {0,1}   expert e of layer l sits in cell c
     t[l,p] >= 0         duration of phase p of layer l, in microseconds
+    T[l,w] >= 0         seconds of layer l on window w of the traffic
 
-    minimise    sum over l, p of weight[p] t[l,p]
+    minimise    sum over l of the mean of T[l,w] over windows, or over the K worst (CVaR):
+                v[l] + sum over w of u[l,w] / K,   u[l,w] >= T[l,w] - v[l],  u >= 0
+    window's time            T[l,w] >= constant + sum over its p of weight[p] t[l,p]
+                             (overlapped: transfers and experts each by themselves)
     every expert once        sum over c of x[l,e,c] = 1
     experts in a cell        sum over e of x[l,e,c] <= capacity[c]
     memory                   sum over l, e of x[l,e,c] <= slots[c]     (only where it binds)
@@ -13,7 +17,7 @@
 Variables are named by numbers only: PuLP replaces characters in names, and names could collide.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -21,6 +25,7 @@ import numpy as np
 import pulp
 
 from .cost import Placement
+from .objective import window_seconds
 from .search import Ints
 from .terms import LayerTerms, PhaseTerms
 
@@ -34,7 +39,6 @@ class Program:
     lp: pulp.LpProblem
     x: dict[tuple[int, int, int], pulp.LpVariable]
     terms: Mapping[int, LayerTerms]
-    constant_s: float  # of the objective, outside the program
 
     def start_from(self, placements: Mapping[int, Placement]) -> dict[str, float]:
         """Return the values of all variables for a placement of every layer."""
@@ -43,9 +47,10 @@ class Program:
             for (layer, expert, cell), variable in self.x.items()
         }
         for layer, terms in self.terms.items():
-            for number, phase in enumerate(terms.phases):
-                seconds = max(phase.seconds(placements[layer]), phase.floor_s)
-                values[_phase_name(layer, number)] = seconds * MICROSECONDS
+            durations = [
+                max(phase.seconds(placements[layer]), phase.floor_s) for phase in terms.phases
+            ]
+            values |= objective_values(layer, terms, durations)
         return values
 
     def placements(self, values: Mapping[str, float]) -> dict[int, Placement]:
@@ -81,17 +86,65 @@ def build_program(
             lp += _sum(x[layer, expert, cell] for cell in cells) == 1
         for cell in cells:
             lp += _sum(x[layer, expert, cell] for expert in experts) <= int(capacity[cell])
-        for number, phase in enumerate(layer_terms.phases):
-            time = lp.add_variable(
-                _phase_name(layer, number), lowBound=phase.floor_s * MICROSECONDS
-            )
+        times = [
+            lp.add_variable(_phase_name(layer, number), lowBound=phase.floor_s * MICROSECONDS)
+            for number, phase in enumerate(layer_terms.phases)
+        ]
+        for phase, time in zip(layer_terms.phases, times, strict=True):
             _bound_phase(lp, x, layer, phase, time)
-            objective.append((time, phase.weight))
+        objective += add_objective(lp, layer, layer_terms, times)
     for cell, most in enumerate([] if slots is None else slots.tolist()):
         lp += _sum(x[layer, expert, cell] for layer, expert in product(terms, experts)) <= most
     lp.setObjective(pulp.LpAffineExpression(objective))
-    constant = sum(layer_terms.constant_s for layer_terms in terms.values())
-    return Program(lp=lp, x=x, terms=terms, constant_s=constant)
+    return Program(lp=lp, x=x, terms=terms)
+
+
+def add_objective(
+    lp: pulp.LpProblem, layer: int, terms: LayerTerms, times: Sequence[pulp.LpVariable]
+) -> list[tuple[pulp.LpVariable, float]]:
+    """Add the variables that turn phases `times` into the layer's seconds; return the objective."""
+    totals = []
+    for window, constant_s in enumerate(terms.constant_s.tolist()):
+        total = lp.add_variable(f"T_{layer}_{window}", lowBound=0)
+        totals.append(total)
+        own = [
+            (phase, time)
+            for phase, time in zip(terms.phases, times, strict=True)
+            if phase.window == window
+        ]
+        transfer = [(time, phase.weight) for phase, time in own if not phase.is_compute]
+        compute = [(time, phase.weight) for phase, time in own if phase.is_compute]
+        constant = constant_s * MICROSECONDS
+        if terms.objective.overlap:
+            lp += pulp.LpAffineExpression([*compute, (total, -1.0)]) <= 0
+            compute = []
+        lp += pulp.LpAffineExpression([*transfer, *compute, (total, -1.0)]) <= -constant
+    worst = terms.objective.num_worst(len(totals))
+    if worst == len(totals):
+        return [(total, 1.0 / worst) for total in totals]
+    least = lp.add_variable(f"v_{layer}", lowBound=0)
+    above = []
+    for window, total in enumerate(totals):
+        above.append(lp.add_variable(f"u_{layer}_{window}", lowBound=0))
+        lp += pulp.LpAffineExpression([(total, 1.0), (least, -1.0), (above[-1], -1.0)]) <= 0
+    return [(least, 1.0), *((variable, 1.0 / worst) for variable in above)]
+
+
+def objective_values(layer: int, terms: LayerTerms, durations: Sequence[float]) -> dict[str, float]:
+    """Return the values of a layer's times for durations of its phases, in seconds."""
+    values = {
+        _phase_name(layer, number): seconds * MICROSECONDS
+        for number, seconds in enumerate(durations)
+    }
+    totals = window_seconds(terms.objective, terms.constant_s, terms.phases, durations)
+    totals = totals * MICROSECONDS
+    values |= {f"T_{layer}_{window}": total for window, total in enumerate(totals.tolist())}
+    worst = terms.objective.num_worst(len(totals))
+    if worst < len(totals):
+        least = float(np.sort(totals)[-worst])
+        values[f"v_{layer}"] = least
+        values |= {f"u_{layer}_{w}": max(0.0, t - least) for w, t in enumerate(totals.tolist())}
+    return values
 
 
 def _phase_name(layer: int, number: int) -> str:

@@ -10,7 +10,8 @@ The structure depends on the routes only and is found once; a layer's traffic gi
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from epplan.topologies.hardware import hardware
 from epplan.topologies.routes import Routes
 
 from .cost import Placement
+from .objective import Objective, layer_seconds
 from .problem import Problem
 
 Floats = npt.NDArray[np.float64]
@@ -32,6 +34,7 @@ class PhaseRows:
 
     Attributes:
         name: dispatch, compute, combine, or the latency of one of them.
+        window: of the traffic.
         weight: how often the phase counts (2 where combine is the mirror of dispatch).
         base: seconds, [rows, experts].
         pair_row: row of every pair, [pairs].
@@ -42,6 +45,7 @@ class PhaseRows:
     """
 
     name: str
+    window: int
     weight: float
     base: Floats
     pair_row: Ints
@@ -49,6 +53,11 @@ class PhaseRows:
     extra: Floats
     capacity: Floats
     alone: Floats
+
+    @property
+    def is_compute(self) -> bool:
+        """Whether it is the experts' and not a transfer's."""
+        return self.name == "compute"
 
     @property
     def floor_s(self) -> float:
@@ -70,10 +79,11 @@ class PhaseRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRows:
-    """All phases of one layer, and the seconds that no placement changes."""
+    """All phases of one layer, and the transfer seconds that no placement changes, [windows]."""
 
     phases: tuple[PhaseRows, ...]
-    constant_s: float
+    constant_s: Floats
+    objective: Objective
 
     @property
     def num_experts(self) -> int:
@@ -83,12 +93,15 @@ class LayerRows:
     @property
     def floor_s(self) -> float:
         """A lower bound on any placement, from single experts."""
-        return self.constant_s + sum(phase.weight * phase.floor_s for phase in self.phases)
+        return self.total([phase.floor_s for phase in self.phases])
 
     def seconds(self, placement: Placement) -> float:
         """Return the cost of a placement, [experts]."""
-        durations = (phase.weight * phase.seconds(placement) for phase in self.phases)
-        return self.constant_s + sum(durations)
+        return self.total([phase.seconds(placement) for phase in self.phases])
+
+    def total(self, durations: Sequence[float]) -> float:
+        """Return the layer's seconds from its phases'."""
+        return float(layer_seconds(self.objective, self.constant_s, self.phases, durations))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +117,7 @@ class _Structure:
     pair_row: Ints
     pair_gpu: Ints
     capacity: Floats
+    num_gpus: int
 
 
 class RowBuilder:
@@ -141,16 +155,27 @@ class RowBuilder:
 
     def layer(self, layer: int) -> LayerRows:
         """Return the rows of one layer (an ordinal)."""
-        problem = self._problem
-        routes, counts = problem.routes, problem.counts[layer]  # [ranks, experts]
-        phases = [_compute_rows(problem, counts)]
+        counts = self._problem.counts[:, layer]  # [windows, ranks, experts]
+        phases: list[PhaseRows] = []
+        constant_s = np.zeros(len(counts))
+        for window in range(len(counts)):
+            of_window, constant_s[window] = self._window(window, counts[window])
+            phases += of_window
+        return LayerRows(
+            phases=tuple(phases), constant_s=constant_s, objective=self._problem.objective
+        )
+
+    def _window(self, window: int, counts: Floats) -> tuple[list[PhaseRows], float]:
+        """Return the phases of one window and their constant; counts [ranks, experts]."""
+        problem, routes = self._problem, self._problem.routes
+        phases = [_compute_rows(problem, window, counts)]
         constant = 0.0
         if routes.resources:
             sent = counts * problem.model.row_bytes
-            dispatch = _transfer_rows("dispatch", self._dispatch, routes.sources @ sent, counts)
-            combine = _transfer_rows("combine", self._combine, routes.destinations @ sent, counts)
+            dispatch = _transfer_rows("dispatch", window, self._dispatch, routes.sources @ sent)
+            combine = _transfer_rows("combine", window, self._combine, routes.destinations @ sent)
             if _mirrored(dispatch, combine):
-                phases.append(_weighted(dispatch, 2.0, "dispatch and combine"))
+                phases.append(replace(dispatch, weight=2.0, name="dispatch and combine"))
             else:
                 phases += [dispatch, combine]
             for name, latency_s in (
@@ -160,10 +185,10 @@ class RowBuilder:
                 alone = _longest_latency(latency_s, counts)
                 constant += hardware().latency["base"]
                 if np.ptp(alone):
-                    phases.append(_latency_rows(f"{name} latency", alone))
+                    phases.append(_latency_rows(f"{name} latency", window, alone))
                 else:
                     constant += float(alone.flat[0])
-        return LayerRows(phases=tuple(phases), constant_s=constant)
+        return phases, constant
 
 
 def _distinct_resources(routes: Routes) -> list[int]:
@@ -199,7 +224,7 @@ def _structure(routes: Routes, kept: list[int], expert_end: csr_array) -> _Struc
         kept: resources to make rows of.
         expert_end: weights of the GPUs at the flows' end where experts sit, [flows, gpus].
     """
-    num_gpus, num_flows = expert_end.shape[1], expert_end.shape[0]
+    num_flows = expert_end.shape[0]
     flows_of: dict[int, list[int]] = defaultdict(list)
     for flow, resource in enumerate(routes.resource_of_flow.tolist()):
         flows_of[resource].append(flow)
@@ -218,13 +243,13 @@ def _structure(routes: Routes, kept: list[int], expert_end: csr_array) -> _Struc
             pairs += [(pair, flow, w) for flow, w in zip(flows, differences, strict=True) if w]
             pair_row.append(row)
             pair_gpu.append(gpu)
-    assert num_gpus == len(routes.gpus)
     return _Structure(
         base=_sparse(base, (len(kept), num_flows)),
         pairs=_sparse(pairs, (len(pair_row), num_flows)),
         pair_row=np.array(pair_row, dtype=np.intp),
         pair_gpu=np.array(pair_gpu, dtype=np.intp),
         capacity=routes.capacity[kept],
+        num_gpus=len(routes.gpus),
     )
 
 
@@ -242,17 +267,18 @@ def _sparse(entries: list[tuple[int, int, float]], shape: tuple[int, int]) -> cs
     return csr_array((value, (row, column)), shape=shape)
 
 
-def _transfer_rows(name: str, structure: _Structure, per_flow: Floats, counts: Floats) -> PhaseRows:
+def _transfer_rows(name: str, window: int, structure: _Structure, per_flow: Floats) -> PhaseRows:
     base, extra = structure.base @ per_flow, structure.pairs @ per_flow
     return PhaseRows(
         name=name,
+        window=window,
         weight=1.0,
         base=base,
         pair_row=structure.pair_row,
         pair_gpu=structure.pair_gpu,
         extra=extra,
         capacity=structure.capacity,
-        alone=_alone(base, structure.pair_row, structure.pair_gpu, extra, len(counts)),
+        alone=_alone(base, structure.pair_row, structure.pair_gpu, extra, structure.num_gpus),
     )
 
 
@@ -267,7 +293,7 @@ def _alone(base: Floats, pair_row: Ints, pair_gpu: Ints, extra: Floats, num_gpus
     return alone.T
 
 
-def _compute_rows(problem: Problem, counts: Floats) -> PhaseRows:
+def _compute_rows(problem: Problem, window: int, counts: Floats) -> PhaseRows:
     """Return two rows a GPU: its arithmetic, and reading its experts' weights."""
     model, gpus = problem.model, np.arange(problem.num_ranks)
     flops = counts.sum(axis=0) * model.expert_flops_per_row  # [experts]
@@ -277,6 +303,7 @@ def _compute_rows(problem: Problem, counts: Floats) -> PhaseRows:
     )
     return PhaseRows(
         name="compute",
+        window=window,
         weight=1.0,
         base=np.zeros((2 * len(gpus), len(flops))),
         pair_row=np.arange(2 * len(gpus)),
@@ -287,11 +314,12 @@ def _compute_rows(problem: Problem, counts: Floats) -> PhaseRows:
     )
 
 
-def _latency_rows(name: str, alone: Floats) -> PhaseRows:
+def _latency_rows(name: str, window: int, alone: Floats) -> PhaseRows:
     num_experts = len(alone)
     nothing = np.zeros(0, dtype=np.intp)
     return PhaseRows(
         name=name,
+        window=window,
         weight=1.0,
         base=np.zeros((0, num_experts)),
         pair_row=nothing,
@@ -333,16 +361,3 @@ def _fractional_load(phase: PhaseRows, at: Floats) -> Floats:
     load: Floats = (phase.base * at.sum(axis=1)).sum(axis=1)
     np.add.at(load, phase.pair_row, (phase.extra * at.T[phase.pair_gpu]).sum(axis=1))
     return load
-
-
-def _weighted(phase: PhaseRows, weight: float, name: str) -> PhaseRows:
-    return PhaseRows(
-        name=name,
-        weight=weight,
-        base=phase.base,
-        pair_row=phase.pair_row,
-        pair_gpu=phase.pair_gpu,
-        extra=phase.extra,
-        capacity=phase.capacity,
-        alone=phase.alone,
-    )

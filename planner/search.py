@@ -62,19 +62,20 @@ def _starts(
 
 
 def greedy(terms: LayerTerms, capacity: Ints) -> Placement:
-    """Place the heaviest expert first, each where the phases' sum of maxima grows least."""
+    """Place the heaviest expert first, each where the objective grows least."""
     weight = sum(phase.weight * phase.alone.min(axis=1) for phase in terms.phases)
     left = capacity.copy()
     loads = [np.zeros(len(phase.rows)) for phase in terms.phases]
     placement = np.zeros(terms.num_experts, dtype=np.intp)
     for expert in np.argsort(-np.asarray(weight), kind="stable"):
-        cost = np.zeros(len(capacity))
+        durations = []
         total = np.zeros(len(capacity))
         for phase, load in zip(terms.phases, loads, strict=True):
             after = load[:, None] + phase.rows[:, expert, :]  # [rows, cells]
             worst = after.max(axis=0, initial=0.0)
-            cost += phase.weight * np.maximum(worst, phase.alone[expert])
+            durations.append(np.maximum(worst, phase.alone[expert]))
             total += phase.weight * after.sum(axis=0)
+        cost = terms.total(durations)
         # Equal worst rows: the cell that adds least in all.
         order = np.lexsort((total, np.where(left > 0, cost, np.inf)))
         cell = int(order[0])
@@ -104,22 +105,20 @@ def _best_step(
 ) -> tuple[float, Placement]:
     """Return the best swap or move of one expert, with the objective after it."""
     experts, here = np.arange(len(placement)), placement[expert]
-    swapped = np.full(len(placement), terms.constant_s)
-    moved = np.full(len(capacity), terms.constant_s)
+    after_swap, after_move = [], []
     for phase in terms.phases:
         rows, alone = phase.rows, phase.alone
         load = rows[:, experts, placement].sum(axis=1, keepdims=True)
         without = load - rows[:, expert, here][:, None]
         others, all_but_two = _largest_without(alone[experts, placement], expert)
         worst = (without + rows[:, expert, :]).max(axis=0, initial=0.0)
-        moved += phase.weight * np.maximum.reduce(
-            [worst, alone[expert], np.full(len(capacity), others)]
-        )
+        after_move.append(np.maximum(np.maximum(worst, alone[expert]), others))
         exchange = rows[:, experts, here] - rows[:, experts, placement]  # others leave for here
         worst = (without + exchange + rows[:, expert, placement]).max(axis=0, initial=0.0)
-        swapped += phase.weight * np.maximum.reduce(
-            [worst, alone[expert, placement], alone[experts, here], all_but_two]
+        after_swap.append(
+            np.maximum.reduce([worst, alone[expert, placement], alone[experts, here], all_but_two])
         )
+    swapped, moved = terms.total(after_swap), terms.total(after_move)
     swapped[expert] = np.inf
     moved[np.bincount(placement, minlength=len(capacity)) >= capacity] = np.inf
     candidate = placement.copy()

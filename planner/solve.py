@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from epplan.errors import EpplanError
 
-from .cost import LayerEvaluation, Placement, evaluate_layer
+from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
 from .highs import solve, solver_name
 from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Task, in_id_order, place_layer
 from .plan import Status
@@ -40,7 +40,7 @@ class LayerSolution:
     """One layer's placement and what is proven about it.
 
     Attributes:
-        placement: rank of every expert.
+        shares: of every expert's rows on each rank, [experts, ranks].
         evaluation: its cost.
         bound_s: no placement of this layer costs less.
         contiguous_s: cost of experts in id order.
@@ -48,7 +48,7 @@ class LayerSolution:
         floor_s: the part of the bound that single experts cause wherever they sit.
     """
 
-    placement: Placement
+    shares: Shares
     evaluation: LayerEvaluation
     bound_s: float
     contiguous_s: float
@@ -196,7 +196,7 @@ class _Work:
             time_limit_s=self.effort.left_s,
             seed=self.effort.seed,
         )
-        self.joint_bound_s = result.bound / MICROSECONDS + program.constant_s
+        self.joint_bound_s = result.bound / MICROSECONDS
         found = program.placements(result.values) if result.values else start
         for layer, placement in found.items():
             # What one layer gains another may lose: take the joint solution as a whole.
@@ -223,7 +223,8 @@ def _equal_layers(problem: Problem) -> list[int]:
         return list(range(problem.model.num_moe_layers))
     first: dict[bytes, int] = {}
     return [
-        first.setdefault(counts.tobytes(), layer) for layer, counts in enumerate(problem.counts)
+        first.setdefault(problem.counts[:, layer].tobytes(), layer)
+        for layer in range(problem.model.num_moe_layers)
     ]
 
 
@@ -236,15 +237,16 @@ def _status(reached: float, wanted: float) -> Status:
 def _layer_solution(
     problem: Problem, layer: int, best: LayerPlacement, capacity: Capacity
 ) -> LayerSolution:
-    evaluation = evaluate_layer(problem, layer, best.placement)
+    shares = one_copy(best.placement, problem.num_ranks)
+    evaluation = evaluate_layer(problem, layer, shares)
     if abs(evaluation.seconds - best.seconds) > _AGREEMENT * best.seconds:
         raise EpplanError(
             f"layer {layer}: the evaluator prices the placement at {evaluation.seconds} s, the "
             f"program at {best.seconds} s"
         )
-    in_order = contiguous(len(best.placement), capacity)
+    in_order = one_copy(contiguous(len(best.placement), capacity), problem.num_ranks)
     return LayerSolution(
-        placement=best.placement,
+        shares=shares,
         evaluation=evaluation,
         bound_s=min(evaluation.seconds, best.bound_s),
         contiguous_s=evaluate_layer(problem, layer, in_order).seconds,

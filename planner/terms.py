@@ -8,12 +8,14 @@ the cell is at least its minimum there), so a bound on it is a bound on the real
 evaluator in `cost` does not use these forms; the two are compared after every solve.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .cost import Placement
+from .objective import Objective, layer_seconds
 from .rows import Floats, Ints, LayerRows, PhaseRows
 
 
@@ -23,13 +25,17 @@ class PhaseTerms:
 
     Attributes:
         name: the phase.
+        window: of the traffic.
         weight: how often it counts.
+        is_compute: whether it is the experts' and not a transfer's.
         rows: seconds that expert e adds to a row in cell c, [rows, experts, cells].
         alone: the phase lasts at least this long with expert e in cell c, [experts, cells].
     """
 
     name: str
+    window: int
     weight: float
+    is_compute: bool
     rows: Floats
     alone: Floats
 
@@ -47,10 +53,11 @@ class PhaseTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTerms:
-    """Objective of one layer: its weighted phases and a constant, in seconds."""
+    """Objective of one layer: its phases, and constant transfer seconds [windows]."""
 
     phases: tuple[PhaseTerms, ...]
-    constant_s: float
+    constant_s: Floats
+    objective: Objective
 
     @property
     def num_experts(self) -> int:
@@ -60,13 +67,15 @@ class LayerTerms:
     @property
     def floor_s(self) -> float:
         """A lower bound on any placement, from single experts."""
-        return self.constant_s + sum(phase.weight * phase.floor_s for phase in self.phases)
+        return float(self.total([phase.floor_s for phase in self.phases]))
 
     def seconds(self, placement: Placement) -> float:
         """Return the cost of a placement, [experts]."""
-        return self.constant_s + sum(
-            phase.weight * phase.seconds(placement) for phase in self.phases
-        )
+        return float(self.total([phase.seconds(placement) for phase in self.phases]))
+
+    def total(self, durations: Sequence[npt.ArrayLike]) -> Floats:
+        """Return the layer's seconds from its phases', each for one or many candidates."""
+        return layer_seconds(self.objective, self.constant_s, self.phases, durations)
 
 
 def gpu_terms(layer: LayerRows) -> LayerTerms:
@@ -76,7 +85,7 @@ def gpu_terms(layer: LayerRows) -> LayerTerms:
         rows = np.repeat(phase.base[:, :, None], phase.alone.shape[1], axis=2)
         rows[phase.pair_row, :, phase.pair_gpu] += phase.extra
         phases.append(_phase(phase, rows, phase.alone))
-    return LayerTerms(phases=tuple(phases), constant_s=layer.constant_s)
+    return _terms(layer, phases)
 
 
 def cell_terms(layer: LayerRows, cell_of_gpu: Ints) -> LayerTerms:
@@ -98,7 +107,7 @@ def cell_terms(layer: LayerRows, cell_of_gpu: Ints) -> LayerTerms:
         alone = np.full((phase.alone.shape[0], num_cells), np.inf)
         np.minimum.at(alone.T, cell_of_gpu, phase.alone.T)
         phases.append(_phase(phase, rows, alone))
-    return LayerTerms(phases=tuple(phases), constant_s=layer.constant_s)
+    return _terms(layer, phases)
 
 
 def inner_terms(
@@ -124,8 +133,8 @@ def inner_terms(
         rows = np.zeros((len(used), len(experts), len(gpus)))
         rows[row, :, place_of_gpu[phase.pair_gpu[pairs]]] = phase.extra[np.ix_(pairs, experts)]
         alone = np.maximum(phase.alone[np.ix_(experts, gpus)], floor)
-        phases.append(PhaseTerms(name=phase.name, weight=phase.weight, rows=rows, alone=alone))
-    return LayerTerms(phases=tuple(phases), constant_s=0.0)
+        phases.append(_phase(phase, rows, alone))
+    return _terms(layer, phases)
 
 
 def common_seconds(layer: LayerRows, cell_of_gpu: Ints, placement: Placement) -> list[float]:
@@ -200,8 +209,19 @@ def _averaged(
     return means
 
 
+def _terms(layer: LayerRows, phases: list[PhaseTerms]) -> LayerTerms:
+    return LayerTerms(phases=tuple(phases), constant_s=layer.constant_s, objective=layer.objective)
+
+
 def _phase(phase: PhaseRows, rows: Floats, alone: Floats) -> PhaseTerms:
-    return PhaseTerms(name=phase.name, weight=phase.weight, rows=_undominated(rows), alone=alone)
+    return PhaseTerms(
+        name=phase.name,
+        window=phase.window,
+        weight=phase.weight,
+        is_compute=phase.is_compute,
+        rows=_undominated(rows),
+        alone=alone,
+    )
 
 
 def _undominated(rows: Floats) -> Floats:

@@ -19,6 +19,7 @@ from .model import ModelSpec
 Floats = npt.NDArray[np.float64]
 
 DEFAULT_TOKENS_PER_RANK = 4096  # the batch of published expert-parallel prefill benchmarks
+MAX_WINDOWS = 8  # the program grows with every window; more are averaged in runs of equal length
 RULES = "uniform, zipf[:s], lognormal[:sigma[,skew]]"
 
 
@@ -27,10 +28,10 @@ class Traffic:
     """Assignments of one step.
 
     Attributes:
-        counts: mean over windows, [layers, ranks, experts].
+        counts: [windows, layers, ranks, experts].
         source: the rule or file.
         sha256: hash of what was read, or of the rule with its seed.
-        windows: windows averaged.
+        windows: windows of the file; `counts` may hold means of several in a row.
         source_ranks: 1 if the same mix is taken on every rank.
         tokens_per_rank: mean tokens of a rank and step.
         assumptions: what was assumed, in words.
@@ -105,7 +106,7 @@ def _from_rule(
         assumptions.append("every rank sends the same expert mix")
     rule = f"{name}:{arguments}" if arguments else name
     return Traffic(
-        counts=counts,
+        counts=counts[None],
         source=rule,
         sha256=hashlib.sha256(f"{rule} seed {seed}".encode()).hexdigest(),
         windows=1,
@@ -154,16 +155,16 @@ def _from_file(
     if problems:
         raise InputError(f"counts file {path} does not fit", problems=problems)
     windows, _, source_ranks, _ = raw.shape
-    counts = raw.mean(axis=0, dtype=np.float64)
+    counts = _merged_windows(raw)
     assumptions = []
     if source_ranks == 1:
-        counts = np.repeat(counts / num_ranks, num_ranks, axis=1)
+        counts = np.repeat(counts / num_ranks, num_ranks, axis=2)
         assumptions.append(
             "the counts file has one source rank: every rank is taken to send the same expert mix"
         )
-    if windows > 1:
-        assumptions.append(f"traffic is the mean of {windows} windows")
-    mean_tokens = counts.sum() / (counts.shape[0] * num_ranks * model.top_k)
+    if windows > len(counts):
+        assumptions.append(f"{windows} windows are averaged in {len(counts)} runs of equal length")
+    mean_tokens = counts.sum() / (len(counts) * counts.shape[1] * num_ranks * model.top_k)
     if tokens_per_rank is None:
         assumptions.append(f"a step is one window: {mean_tokens:.0f} tokens a rank")
     else:
@@ -177,6 +178,12 @@ def _from_file(
         tokens_per_rank=tokens_per_rank or max(1, round(mean_tokens)),
         assumptions=tuple(assumptions),
     )
+
+
+def _merged_windows(raw: npt.NDArray[np.integer]) -> Floats:
+    """Return at most MAX_WINDOWS windows: means of runs, as equal in length as can be."""
+    runs = np.array_split(raw, min(len(raw), MAX_WINDOWS))
+    return np.stack([run.mean(axis=0, dtype=np.float64) for run in runs])
 
 
 def _read_counts(path: Path) -> npt.NDArray[np.integer]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from epplan.errors import EpplanError, InputError
 from epplan.files import write_atomically
+from epplan.launcher.worker_options import worker_options
 from epplan.planner.plan import Plan, read_plan
 
 from .environment import (
@@ -45,31 +46,7 @@ def main(args: list[str] | None = None) -> None:
 
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "gloo", "nccl"]),
-    default="auto",
-    show_default=True,
-    help="nccl computes on GPUs, gloo on the CPU; auto: nccl where every rank has a GPU.",
-)
-@click.option("--sequences", type=click.IntRange(1), default=2, show_default=True, help="Per rank.")
-@click.option(
-    "--sequence-length", type=click.IntRange(1), default=64, show_default=True, help="In tokens."
-)
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="Timed steps, after one to warm up.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs.")
-@click.option(
-    "--verify/--no-verify",
-    default=True,
-    show_default=True,
-    help="Compare with the dense model, on rank 0.",
-)
+@worker_options
 @click.option(
     "--result", type=click.Path(path_type=Path), help="File for rank 0's result, as JSON."
 )

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 
 from epplan.commands.launch import launch as command
-from epplan.commands.launch import worker_options
 from epplan.errors import EpplanError, InputError
+from epplan.launcher.worker_options import option_arguments
 from epplan.planner.plan import write_plan
 from tests.launch_modules.plans import make_plan, write_ranks_plan
 from tests.launch_modules.running import ROOT, Launch, finish
@@ -160,26 +159,17 @@ def test_launching_does_not_import_torch_into_the_launcher(tmp_path: Path) -> No
 
 def test_options_are_the_workers() -> None:
     worker = pytest.importorskip("epplan.runtime.worker").command
-
-    def facts(options: click.Command) -> dict[str, tuple[object, ...]]:
-        return {
-            option.name or "": (option.opts, option.secondary_opts, option.default, option.help)
-            for option in options.params
-            if isinstance(option, click.Option)
-        }
-
-    own, workers = facts(command), facts(worker)
-    assert own.keys() - workers.keys() == {"target", "as_json"}
-    assert workers.keys() - own.keys() == {"result"}
-    assert {name: own[name] for name in own.keys() & workers.keys()} == {
-        name: workers[name] for name in own.keys() & workers.keys()
-    }
+    own, workers = ({option.name for option in x.params} for x in (command, worker))
+    assert own - workers == {"target", "as_json"}
+    assert workers - own == {"result"}
 
 
 def test_options_as_the_worker_reads_them() -> None:
-    assert worker_options({"sequence_length": 3, "verify": True}) == (
+    given = {"sequence_length": 3, "verify": True, "checkpoint": None, "folder": Path("a b")}
+    assert option_arguments(given) == (
         "--sequence-length=3",
         "--verify",
+        f"--folder={Path.cwd()}/a b",
     )
 
 

@@ -26,8 +26,8 @@ def counts_file(folder: Path, counts: npt.NDArray[Any]) -> str:
 @pytest.mark.parametrize("rule", ["uniform", "zipf", "zipf:2", "lognormal", "lognormal:1,0.5"])
 def test_rules_make_top_k_assignments_of_every_token(rule: str) -> None:
     counts = traffic(rule).counts
-    assert counts.shape == (2, 4, 8)
-    assert counts.sum(axis=2) == pytest.approx(200.0)  # 100 tokens x top-2
+    assert counts.shape == (1, 2, 4, 8)
+    assert counts.sum(axis=3) == pytest.approx(200.0)  # 100 tokens x top-2
     assert counts.max() <= 100.0 + 1e-9  # an expert gets a token at most once
 
 
@@ -41,7 +41,7 @@ def test_only_a_skewed_rule_differs_between_ranks() -> None:
     same = traffic("lognormal:1")
     assert same.source_ranks == 1
     assert "every rank sends the same expert mix" in same.assumptions
-    assert np.ptp(same.counts, axis=1).max() == 0
+    assert np.ptp(same.counts, axis=2).max() == 0
     assert traffic("lognormal:1,0.5").source_ranks == 4
 
 
@@ -54,9 +54,19 @@ def test_default_tokens_are_said() -> None:
 def test_counts_file_with_source_ranks(tmp_path: Path) -> None:
     raw = np.arange(3 * 2 * 4 * 8).reshape(3, 2, 4, 8)
     made = traffic(counts_file(tmp_path, raw), tokens=None)
-    assert made.counts == pytest.approx(raw.mean(axis=0))
+    assert made.counts == pytest.approx(raw)
     assert (made.windows, made.source_ranks) == (3, 4)
     assert made.tokens_per_rank == round(raw.mean(axis=0).sum() / (2 * 4 * 2))
+
+
+def test_many_windows_are_averaged_in_runs(tmp_path: Path) -> None:
+    raw = np.random.default_rng(0).integers(1, 50, (18, 2, 4, 8))
+    made = traffic(counts_file(tmp_path, raw), tokens=None)
+    assert len(made.counts) == 8
+    assert made.counts[0] == pytest.approx(raw[:3].mean(axis=0))
+    assert made.counts[7] == pytest.approx(raw[16:].mean(axis=0))
+    assert made.windows == 18
+    assert "18 windows are averaged in 8 runs of equal length" in made.assumptions
 
 
 def test_one_source_rank_is_said_and_spread(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from itertools import product
 import numpy as np
 
 from epplan.planner.assemble import assemble_plan
-from epplan.planner.cost import Placement, evaluate_layer
+from epplan.planner.cost import Placement, evaluate_layer, one_copy
 from epplan.planner.model import AttentionSpec, ModelSpec
+from epplan.planner.objective import Objective
 from epplan.planner.plan import Plan
 from epplan.planner.problem import Problem, make_problem
 from epplan.planner.solve import solve_placement
@@ -74,26 +75,35 @@ def tiny_model(experts: int = 4, *, layers: int = 1, top_k: int = 1, ffn: int = 
 
 
 def tiny_problem(
-    counts: Floats, *, cluster: Cluster | None = None, experts_per_gpu: int = 1, ffn: int = 64
+    counts: Floats,
+    *,
+    cluster: Cluster | None = None,
+    experts_per_gpu: int = 1,
+    ffn: int = 64,
+    objective: Objective | None = None,
 ) -> Problem:
-    """Return the problem for `counts` [layers, ranks, experts] on all GPUs of a cluster."""
+    """Return the problem for `counts` [windows, layers, ranks, experts] on all of a cluster.
+
+    Without the first axis, one window.
+    """
     cluster = cluster or tiny_cluster()
-    layers, _, experts = counts.shape
+    layers, _, experts = counts.shape[-3:]
     model = tiny_model(experts, layers=layers, ffn=ffn)
     gpus = tuple(cluster.gpus())
-    return make_problem(cluster, gpus, model, tiny_traffic(counts), experts_per_gpu)
+    return make_problem(cluster, gpus, model, tiny_traffic(counts), experts_per_gpu, objective)
 
 
 def tiny_traffic(counts: Floats) -> Traffic:
-    """Return traffic with `counts` [layers, ranks, experts]."""
-    layers, ranks, _ = counts.shape
+    """Return traffic with `counts` [windows, layers, ranks, experts]; without windows, one."""
+    layers, ranks, experts = counts.shape[-3:]
+    counts = counts.reshape(-1, layers, ranks, experts)
     return Traffic(
         counts=counts,
         source="test",
         sha256="0" * 64,
-        windows=1,
+        windows=len(counts),
         source_ranks=ranks,
-        tokens_per_rank=max(1, round(counts.sum() / (layers * ranks))),
+        tokens_per_rank=max(1, round(counts[0].sum() / (layers * ranks))),
     )
 
 
@@ -132,8 +142,11 @@ def all_placements(problem: Problem) -> list[Placement]:
     ]
 
 
+def price(problem: Problem, placement: Placement, layer: int = 0) -> float:
+    """Return what the evaluator says of one copy of each expert."""
+    return evaluate_layer(problem, layer, one_copy(placement, problem.num_ranks)).seconds
+
+
 def brute_force(problem: Problem, layer: int = 0) -> float:
     """Return the smallest cost of any placement of one layer, by trying all."""
-    return min(
-        evaluate_layer(problem, layer, placement).seconds for placement in all_placements(problem)
-    )
+    return min(price(problem, placement, layer) for placement in all_placements(problem))

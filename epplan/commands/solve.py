@@ -38,6 +38,19 @@ INTERRUPTED = 130
     help="Most experts of one layer on a GPU.",
 )
 @click.option(
+    "--overlap",
+    is_flag=True,
+    help="Minimise max(transfers, experts) of a layer, not their sum: micro-batches overlap.",
+)
+@click.option(
+    "--worst-windows",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="SHARE",
+    help="Minimise the mean over this share of the traffic's windows, the worst ones (CVaR).",
+)
+@click.option(
     "--gpu", "gpu_model", metavar="MODEL", help="GPU model where SOURCE does not tell it."
 )
 @click.option(
@@ -109,6 +122,8 @@ def _solve(
     tokens: int | None,
     ep: int | None,
     experts_per_gpu: int,
+    overlap: bool,
+    worst_windows: float,
     gpu_model: str | None,
     gap: float,
     time_limit: float,
@@ -118,6 +133,7 @@ def _solve(
     from epplan.output import talk
     from epplan.planner.assemble import assemble_plan
     from epplan.planner.model import load_model
+    from epplan.planner.objective import Objective
     from epplan.planner.problem import choose_group, make_problem
     from epplan.planner.solve import solve_placement
     from epplan.planner.traffic import make_traffic
@@ -127,7 +143,8 @@ def _solve(
     spec = load_model(model).with_overrides(experts=experts, layers=layers, scale=scale)
     group, reason = choose_group(cluster, spec, ep, experts_per_gpu)
     traffic = make_traffic(load, spec, len(group), tokens, seed)
-    problem = make_problem(cluster, group, spec, traffic, experts_per_gpu)
+    objective = Objective(overlap=overlap, worst=worst_windows)
+    problem = make_problem(cluster, group, spec, traffic, experts_per_gpu, objective)
     solution = solve_placement(
         problem,
         gap=gap,
