@@ -152,14 +152,10 @@ def _memory(plan: Plan, tables: Sequence[Sequence[int | None]]) -> tuple[RankMem
     Raises:
         InfeasibleError: some rank's experts no longer fit.
     """
-    placed = plan.model_copy(update={"expert_of_slot": tuple(tables)})
-    held = [
-        sum(len(placed.experts_of_rank(layer, rank)) for layer in range(len(tables)))
-        for rank in range(plan.world_size)
-    ]
+    before, after = (_held(table, plan.world_size) for table in (plan.expert_of_slot, tables))
     size = plan.model.expert_bytes
-    for use, count in zip(plan.memory, held, strict=True):
-        if count * size > max(_rest(use), use.experts):
+    for use, had, count in zip(plan.memory, before, after, strict=True):
+        if count > had and count * size > _rest(use):
             raise InfeasibleError(
                 f"the rebalanced table puts {count} experts ({format_bytes(count * size)}) on rank "
                 f"{use.rank}, which has {format_bytes(_rest(use))} for them",
@@ -167,8 +163,17 @@ def _memory(plan: Plan, tables: Sequence[Sequence[int | None]]) -> tuple[RankMem
             )
     return tuple(
         use.model_copy(update={"experts": count * size})
-        for use, count in zip(plan.memory, held, strict=True)
+        for use, count in zip(plan.memory, after, strict=True)
     )
+
+
+def _held(tables: Sequence[Sequence[int | None]], num_ranks: int) -> list[int]:
+    """Return how many experts of all layers each rank holds."""
+    per_rank = len(tables[0]) // num_ranks
+    return [
+        sum(slot is not None for row in tables for slot in row[rank * per_rank :][:per_rank])
+        for rank in range(num_ranks)
+    ]
 
 
 def _max_over_mean(layouts: Sequence[Layout], rows_LWE: Floats, num_gpus: int) -> tuple[float, ...]:
