@@ -44,6 +44,14 @@ _OPTIONS = (
         show_default=True,
         help="Compare with the dense model, on rank 0.",
     ),
+    click.option(
+        "--timeout",
+        metavar="SECONDS",
+        type=click.FloatRange(1),
+        default=600.0,
+        show_default=True,
+        help="How long a rank waits for the others before it gives up and says for whom.",
+    ),
 )
 
 

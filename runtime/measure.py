@@ -6,6 +6,7 @@ Shapes: B sequences per rank, S positions, H hidden size.
 import time
 from dataclasses import dataclass
 from statistics import mean, median
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from .model import ExpertParallelModel, Step, build_layers
 from .monitor import measure_load
 from .result import PhaseTime, Result
 from .verify import Verification, verify
+from .watchdog import Watchdog
 from .weights import SeededWeights, seeded_hidden
 
 _ROUTING_NOTE = "routers have seeded random weights: the load is theirs, not the plan's traffic"
@@ -35,6 +37,7 @@ class Options:
     steps: int
     seed: int
     verify: bool
+    timeout: float = 600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,19 @@ class RankTiming:
     phases: list[dict[str, float]]
 
 
-def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Result | None:
+class At(Protocol):
+    """How a rank says where it is, to its watchdog."""
+
+    def __call__(self, place: str, *, limited: bool = True) -> None: ...
+
+
+def _nowhere(place: str, *, limited: bool = True) -> None:
+    """Say nothing."""
+
+
+def run_rank(
+    plan: Plan, options: Options, setting: Setting, rank: int, watchdog: Watchdog | None = None
+) -> Result | None:
     """Run the plan's model on all ranks; a collective.
 
     Returns:
@@ -67,8 +82,11 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
     )
     shape = (options.sequences, options.sequence_length, plan.model.hidden_size)
     x_BSH = seeded_hidden(options.seed, rank, shape, device=setting.device, dtype=setting.dtype)
-    model.forward(x_BSH, check_rows=True)  # the warm-up step checks every row's way
-    step, own_timing = _time_steps(model, x_BSH, options.steps, clock, setting.device)
+    at: At = _nowhere if watchdog is None else watchdog.at
+    at("the warm-up step")
+    model.forward(x_BSH, check_rows=True)  # it checks every row's way
+    step, own_timing = _time_steps(model, x_BSH, options.steps, clock, setting.device, at)
+    at("the comparison with the dense model", limited=False)
     timings = _gather_timings(own_timing, rank, plan.world_size)
     verification = None
     if options.verify:
@@ -79,11 +97,17 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
 
 
 def _time_steps(
-    model: ExpertParallelModel, x_BSH: Tensor, steps: int, clock: PhaseClock, device: torch.device
+    model: ExpertParallelModel,
+    x_BSH: Tensor,
+    steps: int,
+    clock: PhaseClock,
+    device: torch.device,
+    at: At,
 ) -> tuple[Step, RankTiming]:
     """Return the last step, and the time of each."""
     timing = RankTiming(steps=[], phases=[])
-    for _ in range(steps):
+    for number in range(1, steps + 1):
+        at(f"step {number}")
         dist.barrier()  # all ranks start together, so that nobody's delay is counted twice
         synchronize(device)
         begin = time.perf_counter()

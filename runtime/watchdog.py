@@ -29,13 +29,14 @@ from epplan.errors import EpplanError, PeerError
 _MAX_INTERVAL_S = 1.0  # between two signs of life
 _INTERVALS = 10  # of them at least in the timeout
 _LOOK_INTERVALS = 2.5  # between two looks at the others: each gives two signs meanwhile
+_RESTART = "TORCHELASTIC_RESTART_COUNT"
 _FAILED, _GAVE_UP = "failed: ", "gave up: "
 _GLOO_SOURCE = re.compile(r"^\[\S*/gloo/\S*\] |\. This is typically caused by .*")
 _CPU_ALLOCATOR = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sign:
+class Sign:
     """What a rank last told about itself."""
 
     beat: int  # counts up while the process runs
@@ -50,11 +51,12 @@ class Watchdog:
         store: reached by all ranks; nothing else of the process may wait for it.
         rank: this process.
         world_size: number of ranks.
-        timeout_s: how long a place may take while armed; the process group's timeout.
+        timeout_s: how long a place may take; the process group's timeout.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, timeout_s: float) -> None:
-        self._store = PrefixStore("watchdog", store)
+        # torchrun's agent keeps the store, and what is in it, over a restart of the ranks.
+        self._store = PrefixStore(f"watchdog/{os.environ.get(_RESTART, '0')}", store)
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
@@ -80,21 +82,18 @@ class Watchdog:
         self._ended.set()
         self._thread.join(_LOOK_INTERVALS * self._interval_s)
 
-    def at(self, place: str) -> None:
-        """Say where this rank is now, in words; all ranks come by the same places."""
+    def at(self, place: str, *, limited: bool = True) -> None:
+        """Say where this rank is now, in words; all ranks come by the same places.
+
+        Args:
+            place: "step 3".
+            limited: end this process if it stays there for longer than the timeout.
+        """
         self._place = place
         self._progress += 1
-        if self._deadline is not None:
-            self._deadline = self._patience()
-
-    @contextmanager
-    def armed(self) -> Iterator[None]:
-        """End this process if it stays at one place for longer than the timeout in the block."""
-        self._deadline = self._patience()
-        try:
-            yield
-        finally:
-            self._deadline = None
+        # The collective's own timeout comes first: it has the better message.
+        patience_s = self._timeout_s + 2 * self._interval_s
+        self._deadline = time.monotonic() + patience_s if limited else None
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -107,25 +106,33 @@ class Watchdog:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
+            self._deadline = None
             if ran_out_of_memory(error):
                 raise self._out_of_memory(error) from None
             if not is_peer_failure(error):
                 raise
             raise self._peer_failed(str(error)) from None
 
-    def _patience(self) -> float:
-        # The collective's own timeout comes first: it has the better message.
-        return time.monotonic() + self._timeout_s + 2 * self._interval_s
-
     def _watch(self) -> None:
         while not self._ended.wait(self._interval_s):
             self._tell()
             if self._deadline is not None and time.monotonic() > self._deadline:
-                error = self._peer_failed(f"nothing happened for {self._timeout_s:g} s")
-                sys.stderr.write(f"error: {error}\n")
-                sys.stderr.flush()
-                os._exit(error.exit_code)
+                self._give_up()
         self._tell()
+
+    def _give_up(self) -> None:
+        """End this process, which no collective's timeout has ended: by itself it hangs."""
+        words = f"hangs: it has been at {self._place} for more than {self._timeout_s:g} s"
+        self._place = f"{_FAILED}it {words}"
+        self._tell()
+        error = EpplanError(
+            f"rank {self._rank} {words}",
+            problems=self._others(),
+            hints=["give a larger --timeout if this may take so long"],
+        )
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(error.exit_code)
 
     def _tell(self) -> None:
         self._beat += 1
@@ -143,19 +150,22 @@ class Watchdog:
         )
 
     def _peer_failed(self, reason: str) -> PeerError:
-        """Return the error, after finding out about the others; takes some intervals."""
+        return PeerError(
+            f"rank {self._rank} waited in vain at {self._place}: "
+            f"{_GLOO_SOURCE.sub('', reason.strip().splitlines()[0])}",
+            problems=self._others(),
+        )
+
+    def _others(self) -> list[str]:
+        """Return what can be said against the other ranks; takes some intervals."""
         found: list[str] = []
         # In a thread, because a store whose process is stopped does not answer at all.
         look = threading.Thread(target=lambda: found.extend(self._look_around()), daemon=True)
         look.start()
         look.join(6 * self._interval_s)
         if look.is_alive():
-            found = ["rank 0 does not respond: it was killed or stopped, or its host is gone"]
-        return PeerError(
-            f"rank {self._rank} waited in vain at {self._place}: "
-            f"{_GLOO_SOURCE.sub('', reason.strip().splitlines()[0])}",
-            problems=found,
-        )
+            return ["rank 0 does not respond: it was killed or stopped, or its host is gone"]
+        return found
 
     def _look_around(self) -> list[str]:
         try:
@@ -166,18 +176,16 @@ class Watchdog:
             return ["rank 0 is gone, and with it the store that tells of the others"]
         return blame(before, after, self._rank, self._world_size)
 
-    def _signs(self) -> dict[int, _Sign]:
+    def _signs(self) -> dict[int, Sign]:
         signs = {}
         for rank in range(self._world_size):
             if self._store.check([str(rank)]):
                 beat, progress, place = self._store.get(str(rank)).decode().split(" ", 2)
-                signs[rank] = _Sign(beat=int(beat), progress=int(progress), place=place)
+                signs[rank] = Sign(beat=int(beat), progress=int(progress), place=place)
         return signs
 
 
-def blame(
-    before: dict[int, _Sign], after: dict[int, _Sign], own: int, world_size: int
-) -> list[str]:
+def blame(before: dict[int, Sign], after: dict[int, Sign], own: int, world_size: int) -> list[str]:
     """Return which ranks are silent, or else behind, one line each.
 
     Args:
