@@ -12,6 +12,23 @@ import click
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
+
+def _number_or_auto(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    """Return a positive number; None for `auto`."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or not int(value):
+        raise click.BadParameter(f"{value!r} is neither a positive number nor auto")
+    return int(value)
+
+
+def _token_ids(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Check a list of token ids; it stays text, to be handed on."""
+    if value is not None and not all(part.isdecimal() for part in value.split(",")):
+        raise click.BadParameter(f"{value!r} is no list of token ids such as 12,7,400")
+    return value
+
+
 _OPTIONS = (
     click.option(
         "--backend",
@@ -51,6 +68,67 @@ _OPTIONS = (
         default=600.0,
         show_default=True,
         help="How long a rank waits for the others before it gives up and says for whom.",
+    ),
+    click.option(
+        "--dispatcher",
+        type=click.Choice(["auto", "alltoall", "padded", "local"]),
+        default="auto",
+        show_default=True,
+        help="alltoall: uneven splits; padded: fixed room for rows, the host waits for nothing; "
+        "local: no rows travel; auto: by the size of a step.",
+    ),
+    click.option(
+        "--micro-batches",
+        metavar="N|auto",
+        default="auto",
+        callback=_number_or_auto,
+        show_default=True,
+        help="Parts of a step, of which one computes while another's rows travel.",
+    ),
+    click.option(
+        "--replicas",
+        type=click.Choice(["share", "nearest"]),
+        default="share",
+        show_default=True,
+        help="Copies of an expert: by the plan's shares, or own GPU, own host, then shares.",
+    ),
+    click.option(
+        "--dedup/--no-dedup",
+        default=False,
+        show_default=True,
+        help="Send a token once to a rank, however many of its experts are there.",
+    ),
+    click.option(
+        "--fp8-dispatch/--no-fp8-dispatch",
+        default=False,
+        show_default=True,
+        help="Send rows to experts as 8-bit numbers with a scale a row. Changes outputs.",
+    ),
+    click.option(
+        "--capacity-factor",
+        type=click.FloatRange(0, min_open=True),
+        default=1.25,
+        show_default=True,
+        help="Of dispatcher padded: room for rows, over the mean rows of an expert.",
+    ),
+    click.option(
+        "--trace",
+        type=click.Path(path_type=Path),
+        help="File for a trace of the last step, to be opened in ui.perfetto.dev.",
+    ),
+    click.option(
+        "--checkpoint",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Hugging Face folder with safetensors files of the plan's model, on every host; "
+        "otherwise weights are seeded.",
+    ),
+    click.option(
+        "--prompt-tokens",
+        metavar="ID,ID,...",
+        callback=_token_ids,
+        help="Tokens of every sequence, in place of seeded ones and of --sequence-length; with "
+        "--checkpoint.",
     ),
 )
 

@@ -17,6 +17,47 @@ from epplan.files import parse_yaml, read_text, validate
 from .huggingface import is_huggingface_config, spec_fields
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_HEAD_WIDTHS = (
+    "head_dim",
+    "rotary_dim",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+)
+
+
+class RopeScaling(BaseModel):
+    """How rotary frequencies are stretched for contexts beyond `original_positions`.
+
+    `linear` divides them all by `factor`; `yarn` divides those that turn less than `beta_slow`
+    times in the original context, leaves those above `beta_fast`, and lets a ramp join them
+    (https://arxiv.org/abs/2309.00071); `llama3` does the same with `low_freq_factor` and
+    `high_freq_factor` turns.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["linear", "yarn", "llama3"]
+    factor: float = Field(ge=1)
+    original_positions: int = Field(default=0, ge=0)
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # the ramp's ends are rounded outwards to whole elements
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    magnitude: float = 1.0  # multiplies rotated queries and keys
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScaling":
+        if self.kind != "linear" and not self.original_positions:
+            raise ValueError(f"rope scaling of kind {self.kind} needs original_positions")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor:g} must be below high_freq_factor "
+                f"{self.high_freq_factor:g}"
+            )
+        return self
 
 
 class AttentionSpec(BaseModel):
@@ -34,11 +75,31 @@ class AttentionSpec(BaseModel):
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     rope_theta: float | None = None  # None: no position encoding (the reference model)
+    rope_scaling: RopeScaling | None = None
+    rope_interleaved: bool = False  # the checkpoint pairs elements 2i, 2i + 1, not i, i + D / 2
+    rotary_dim: int | None = None  # GQA: the first elements of a head are rotated; None: all
+    score_factor: float = 1.0  # multiplies the scores, beside 1 / sqrt(width of a query head)
+    window: int | None = Field(default=None, gt=0)  # positions a query sees, its own included
+    window_layers: tuple[int, ...] = ()  # layers the window holds for
+    sinks: bool = False  # gpt-oss: a learned score per head that takes part in the softmax only
+    qkv_bias: bool = False  # MLA: of the two projections that reduce
+    output_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm on each query and key head
     q_lora_rank: int | None = None  # MLA; None: full-rank query projection
     kv_lora_rank: int = 0
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
+
+    @property
+    def rotated_dim(self) -> int:
+        """Elements of a query or key head that position encoding rotates."""
+        if self.kind == "mla":
+            return self.qk_rope_head_dim
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the window of a layer (absolute number); None is no limit."""
+        return self.window if layer in self.window_layers else None
 
     def parameters(self, hidden_size: int) -> int:
         """Return the number of projection weights of one layer."""
@@ -70,7 +131,8 @@ class RouterSpec(BaseModel):
     groups: int = Field(default=1, ge=1)
     topk_groups: int = Field(default=1, ge=1)
     group_rule: Literal["max", "top2"] = "top2"
-    correction_bias: bool = False
+    correction_bias: bool = False  # added to the scores, for the choice only
+    logit_bias: bool = False  # of the router's projection
 
 
 class ModelSpec(BaseModel):
@@ -86,9 +148,15 @@ class ModelSpec(BaseModel):
     top_k: int = Field(gt=0)
     expert_ffn_size: int = Field(gt=0)
     gated: bool = True  # gate, up and down with SiLU; otherwise up and down with GELU
+    expert_bias: bool = False
+    swiglu_limit: float | None = Field(default=None, gt=0)  # gpt-oss: see runtime.experts.mlp
+    swiglu_alpha: float = 1.702
     shared_ffn_size: int = Field(default=0, ge=0)  # the shared experts as one gated MLP
+    shared_gate: bool = False  # Qwen2: a sigmoid of the token weighs the shared experts
     dense_ffn_size: int = Field(default=0, ge=0)  # MLP of the layers that are not MoE
     vocab_size: int = Field(default=0, ge=0)
+    tied_embeddings: bool = False  # the output head is the embedding
+    norm_epsilon: float = Field(default=1e-6, gt=0)
     attention: AttentionSpec
     router: RouterSpec = RouterSpec()
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # activations and transfers
@@ -121,11 +189,24 @@ class ModelSpec(BaseModel):
                 f"num_kv_heads {self.attention.num_kv_heads}"
             )
         attention = self.attention
-        rotated = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim
-        if attention.rope_theta is not None and rotated % 2:
-            raise ValueError(f"position encoding rotates pairs, and {rotated} elements are odd")
+        if attention.rope_theta is not None and attention.rotated_dim % 2:
+            raise ValueError(
+                f"position encoding rotates pairs, and {attention.rotated_dim} elements are odd"
+            )
+        if attention.rotated_dim > max(attention.head_dim, attention.qk_rope_head_dim):
+            raise ValueError(
+                f"attention.rotary_dim {attention.rotary_dim} exceeds head_dim {attention.head_dim}"
+            )
         if attention.kind == "mla" and not (attention.kv_lora_rank and attention.qk_nope_head_dim):
             raise ValueError("attention of kind mla needs kv_lora_rank and qk_nope_head_dim")
+        if attention.kind == "mla" and (attention.sinks or attention.qk_norm):
+            raise ValueError("attention of kind mla has neither sinks nor qk_norm")
+        if attention.kind == "gqa" and attention.rope_interleaved:
+            raise ValueError("rope_interleaved is of attention of kind mla only")
+        if not self.gated and (self.expert_bias or self.swiglu_limit):
+            raise ValueError("expert_bias and swiglu_limit need gated experts")
+        if self.shared_gate and not self.shared_ffn_size:
+            raise ValueError("shared_gate needs shared_ffn_size")
         return self
 
     @property
@@ -138,7 +219,8 @@ class ModelSpec(BaseModel):
         """Memory of one expert of one layer, in bytes."""
         matrices = 3 if self.gated else 2
         weights = matrices * self.hidden_size * self.expert_ffn_size
-        return round(weights * self.weight_bytes)
+        biases = 2 * self.expert_ffn_size + self.hidden_size if self.expert_bias else 0
+        return round((weights + biases) * self.weight_bytes)
 
     @property
     def expert_flops_per_row(self) -> int:
@@ -162,7 +244,7 @@ class ModelSpec(BaseModel):
         shared = 3 * self.hidden_size * self.shared_ffn_size * self.num_moe_layers
         dense_layers = self.num_layers - self.num_moe_layers
         dense = 3 * self.hidden_size * self.dense_ffn_size * dense_layers
-        vocabulary = 2 * self.vocab_size * self.hidden_size
+        vocabulary = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
         weights = attention + routers + shared + dense + vocabulary
         return round(weights * self.weight_bytes)
 
@@ -201,7 +283,7 @@ class ModelSpec(BaseModel):
 def _scaled(fields: dict[str, Any], scale: float) -> dict[str, Any]:
     """Scale all widths; head widths stay even, because position encoding pairs their elements."""
     attention = dict(fields["attention"])
-    for name in ("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
+    for name in _HEAD_WIDTHS:
         if attention[name]:
             attention[name] = max(2, round(attention[name] * scale / 2) * 2)
     widths = {

@@ -1,107 +1,209 @@
-"""Causal attention over whole sequences: grouped-query, and DeepSeek's multi-head latent form.
+"""Causal attention: grouped-query, and DeepSeek's multi-head latent form; with or without a cache.
 
-Shapes: B sequences, S positions, H hidden size, Q query heads, G key and value heads (G divides
-Q), D width of a head, V width of a value head, N and R width of the unrotated and rotated part of
-a latent query or key head (D = N + R), C rank of the key and value latent.
+Shapes: B sequences, S positions of this step, T positions with those in the cache, H hidden size,
+Q query heads, G key and value heads (G divides Q), D width of a head, V width of a value head, N
+and R width of the unrotated and rotated part of a latent query or key head (D = N + R), C rank of
+the key and value latent, E = C + R.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epplan.planner.model import AttentionSpec
+from epplan.planner.model import AttentionSpec, ModelSpec
 
-_NORM_EPSILON = 1e-6
-
-
-def attention_shapes(spec: AttentionSpec, hidden_size: int) -> dict[str, tuple[int, int]]:
-    """Return the projections of one layer: name to [out, in]."""
-    if spec.kind == "gqa":
-        return {
-            "query": (spec.num_heads * spec.head_dim, hidden_size),
-            "key": (spec.num_kv_heads * spec.head_dim, hidden_size),
-            "value": (spec.num_kv_heads * spec.head_dim, hidden_size),
-            "output": (hidden_size, spec.num_heads * spec.head_dim),
-        }
-    query_size = spec.num_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim)
-    expanded_size = spec.num_heads * (spec.qk_nope_head_dim + spec.head_dim)
-    query: dict[str, tuple[int, int]] = {"query": (query_size, hidden_size)}
-    if spec.q_lora_rank:
-        query = {
-            "query_down": (spec.q_lora_rank, hidden_size),
-            "query": (query_size, spec.q_lora_rank),
-        }
-    return {
-        **query,
-        "latent": (spec.kv_lora_rank + spec.qk_rope_head_dim, hidden_size),
-        "expand": (expanded_size, spec.kv_lora_rank),
-        "output": (hidden_size, spec.num_heads * spec.head_dim),
-    }
+from .attend import attend
+from .kv_cache import KvCache
+from .norm import LATENT_EPSILON, rms_norm
+from .rope import Rotation, make_rotation, rotate
 
 
-def attention(x_BSH: Tensor, weights: Mapping[str, Tensor], spec: AttentionSpec) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionStep:
+    """What the attention of all layers of one step shares."""
+
+    rotation: Rotation | None
+    cache: KvCache | None  # None: the sequences end with this step
+    epsilon: float  # of the norms of query and key heads
+
+
+def attention_step(spec: ModelSpec, x_BSH: Tensor, cache: KvCache | None = None) -> AttentionStep:
+    """Return the step that runs `x_BSH`, whose positions follow those in the cache."""
+    first = 0 if cache is None else cache.length
+    position_S = torch.arange(first, first + x_BSH.shape[1], device=x_BSH.device)
+    return AttentionStep(
+        rotation=make_rotation(spec.attention, position_S), cache=cache, epsilon=spec.norm_epsilon
+    )
+
+
+def attention_shapes(spec: AttentionSpec, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of one layer: projections [out, in], their biases, gains, sinks."""
+    shapes = _grouped_shapes if spec.kind == "gqa" else _latent_shapes
+    sinks: dict[str, tuple[int, ...]] = {"sinks": (spec.num_heads,)} if spec.sinks else {}
+    return {**shapes(spec, hidden_size), **sinks}
+
+
+def attention(
+    x_BSH: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: AttentionSpec,
+    step: AttentionStep,
+    layer: int,
+) -> Tensor:
     """Return the attention output, [B, S, H].
 
     Args:
         x_BSH: normalised hidden states.
-        weights: projections, named and shaped as `attention_shapes` says.
+        weights: named and shaped as `attention_shapes` says; gains may be missing, and are 1.
+        spec: the model's attention.
+        step: from `attention_step`.
+        layer: absolute number; its keys and values are added to the cache.
     """
-    projections = _grouped_query if spec.kind == "gqa" else _latent
-    query_BQSD, key_BGSD, value_BGSV = projections(x_BSH, weights, spec)
-    out_BQSV = F.scaled_dot_product_attention(
-        query_BQSD,
-        key_BGSD,
-        value_BGSV,
-        is_causal=True,
-        enable_gqa=key_BGSD.shape[1] != query_BQSD.shape[1],
-    )
-    return F.linear(out_BQSV.transpose(1, 2).flatten(2), weights["output"])
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """Return x scaled to unit RMS over its last dimension (gains are 1 in seeded weights)."""
-    return F.rms_norm(x, x.shape[-1:], eps=_NORM_EPSILON)
+    heads = _grouped_query if spec.kind == "gqa" else _latent
+    out_BSO = heads(x_BSH, weights, spec, step, layer).transpose(1, 2).flatten(2)
+    return _project(out_BSO, weights, "output")
 
 
 def _grouped_query(
-    x_BSH: Tensor, weights: Mapping[str, Tensor], spec: AttentionSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    query_BQSD = _heads(F.linear(x_BSH, weights["query"]), spec.num_heads)
-    key_BGSD = _heads(F.linear(x_BSH, weights["key"]), spec.num_kv_heads)
-    value_BGSD = _heads(F.linear(x_BSH, weights["value"]), spec.num_kv_heads)
+    x_BSH: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: AttentionSpec,
+    step: AttentionStep,
+    layer: int,
+) -> Tensor:
+    """Return the heads' outputs, [B, Q, S, D]."""
+    query_BQSD = _heads(_project(x_BSH, weights, "query"), spec.num_heads)
+    key_BGSD = _heads(_project(x_BSH, weights, "key"), spec.num_kv_heads)
+    value_BGSD = _heads(_project(x_BSH, weights, "value"), spec.num_kv_heads)
     if spec.qk_norm:
-        query_BQSD, key_BGSD = rms_norm(query_BQSD), rms_norm(key_BGSD)
-    if spec.rope_theta is not None:
-        query_BQSD = _rotate(query_BQSD, spec.rope_theta)
-        key_BGSD = _rotate(key_BGSD, spec.rope_theta)
-    return query_BQSD, key_BGSD, value_BGSD
+        query_BQSD = rms_norm(query_BQSD, weights.get("query_norm"), step.epsilon)
+        key_BGSD = rms_norm(key_BGSD, weights.get("key_norm"), step.epsilon)
+    query_BQSD, key_BGSD = rotate(query_BQSD, step.rotation), rotate(key_BGSD, step.rotation)
+    key_BGTD, value_BGTD = key_BGSD, value_BGSD
+    if step.cache is not None:
+        key_BGTD, value_BGTD = step.cache.update(layer, key_BGSD, value_BGSD)
+    return attend(
+        query_BQSD,
+        key_BGTD,
+        value_BGTD,
+        scale=_scale(spec, spec.head_dim),
+        window=spec.window_of(layer),
+        sinks_Q=weights.get("sinks"),
+    )
 
 
 def _latent(
-    x_BSH: Tensor, weights: Mapping[str, Tensor], spec: AttentionSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    down_BSH = x_BSH
-    if "query_down" in weights:
-        down_BSH = rms_norm(F.linear(x_BSH, weights["query_down"]))
-    query_BQSD = _heads(F.linear(down_BSH, weights["query"]), spec.num_heads)
+    x_BSH: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: AttentionSpec,
+    step: AttentionStep,
+    layer: int,
+) -> Tensor:
+    """Return the heads' outputs, [B, Q, S, V].
+
+    The cache holds the latents, C + R elements a position, not the heads made from them. Scores
+    can be had in two ways: make the heads of all T positions, or bring the queries into the latent
+    space, where all heads share one key. The cheaper one is taken.
+    """
+    query_BQSN, query_BQSR = _latent_query(x_BSH, weights, spec, step)
     latent_BSC, key_rope_BSR = torch.split(
-        F.linear(x_BSH, weights["latent"]), [spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1
+        _project(x_BSH, weights, "latent"), [spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1
     )
-    expanded_BQS = _heads(F.linear(rms_norm(latent_BSC), weights["expand"]), spec.num_heads)
-    key_BQSN, value_BQSV = torch.split(expanded_BQS, [spec.qk_nope_head_dim, spec.head_dim], dim=-1)
+    latent_BSC = rms_norm(latent_BSC, weights.get("latent_norm"), LATENT_EPSILON)
+    entry_BSE = torch.cat([latent_BSC, rotate(key_rope_BSR, step.rotation)], dim=-1)
+    entry_B1TE = entry_BSE.unsqueeze(1)
+    if step.cache is not None:
+        no_value = entry_B1TE[..., :0]  # the value is part of the key
+        entry_B1TE, _ = step.cache.update(layer, entry_B1TE, no_value)
+    expand_QOC = torch.unflatten(weights["expand"], 0, (spec.num_heads, -1))
+    through = (
+        _attend_latents
+        if _latents_are_cheaper(spec, x_BSH.shape[1], entry_B1TE.shape[2])
+        else _attend_heads
+    )
+    return through(query_BQSN, query_BQSR, entry_B1TE, expand_QOC, spec, layer)
+
+
+def _latent_query(
+    x_BSH: Tensor, weights: Mapping[str, Tensor], spec: AttentionSpec, step: AttentionStep
+) -> tuple[Tensor, Tensor]:
+    down_BSX = x_BSH
+    if spec.q_lora_rank:
+        down_BSX = _project(x_BSH, weights, "query_down")
+        down_BSX = rms_norm(down_BSX, weights.get("query_down_norm"), LATENT_EPSILON)
+    query_BQSD = _heads(_project(down_BSX, weights, "query"), spec.num_heads)
     query_BQSN, query_BQSR = torch.split(
         query_BQSD, [spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1
     )
-    key_B1SR = key_rope_BSR.unsqueeze(1)
-    if spec.rope_theta is not None:
-        query_BQSR = _rotate(query_BQSR, spec.rope_theta)
-        key_B1SR = _rotate(key_B1SR, spec.rope_theta)
+    return query_BQSN, rotate(query_BQSR, step.rotation)
+
+
+def _latents_are_cheaper(spec: AttentionSpec, num_queries: int, num_keys: int) -> bool:
+    """Compare multiplications of one head: scores and values, and the way into and out of them."""
+    latent, pairs = spec.kv_lora_rank, num_queries * num_keys
+    head = spec.qk_nope_head_dim + spec.head_dim
+    in_latents = pairs * (2 * latent + spec.qk_rope_head_dim) + num_queries * latent * head
+    in_heads = pairs * (head + spec.qk_rope_head_dim) + num_keys * latent * head
+    return in_latents < in_heads
+
+
+def _attend_latents(
+    query_BQSN: Tensor,
+    query_BQSR: Tensor,
+    entry_B1TE: Tensor,
+    expand_QOC: Tensor,
+    spec: AttentionSpec,
+    layer: int,
+) -> Tensor:
+    expand_QNC, expand_QVC = torch.split(expand_QOC, [spec.qk_nope_head_dim, spec.head_dim], dim=1)
+    out_BQSC = attend(
+        torch.cat([query_BQSN @ expand_QNC, query_BQSR], dim=-1),
+        entry_B1TE,
+        entry_B1TE[..., : spec.kv_lora_rank],
+        scale=_scale(spec, spec.qk_nope_head_dim + spec.qk_rope_head_dim),
+        window=spec.window_of(layer),
+    )
+    return out_BQSC @ expand_QVC.transpose(1, 2)
+
+
+def _attend_heads(
+    query_BQSN: Tensor,
+    query_BQSR: Tensor,
+    entry_B1TE: Tensor,
+    expand_QOC: Tensor,
+    spec: AttentionSpec,
+    layer: int,
+) -> Tensor:
+    latent_B1TC, key_B1TR = torch.split(
+        entry_B1TE, [spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1
+    )
+    expanded_BQTO = _heads(
+        F.linear(latent_B1TC.squeeze(1), expand_QOC.flatten(0, 1)), spec.num_heads
+    )
+    key_BQTN, value_BQTV = torch.split(
+        expanded_BQTO, [spec.qk_nope_head_dim, spec.head_dim], dim=-1
+    )
     # One rotated key part is shared by all heads.
-    key_BQSR = key_B1SR.expand(-1, spec.num_heads, -1, -1)
-    query_BQSD = torch.cat([query_BQSN, query_BQSR], dim=-1)
-    return query_BQSD, torch.cat([key_BQSN, key_BQSR], dim=-1), value_BQSV
+    key_BQTD = torch.cat([key_BQTN, key_B1TR.expand(-1, spec.num_heads, -1, -1)], dim=-1)
+    return attend(
+        torch.cat([query_BQSN, query_BQSR], dim=-1),
+        key_BQTD,
+        value_BQTV,
+        scale=_scale(spec, key_BQTD.shape[-1]),
+        window=spec.window_of(layer),
+    )
+
+
+def _scale(spec: AttentionSpec, width: int) -> float:
+    return spec.score_factor / math.sqrt(width)
+
+
+def _project(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    return F.linear(x, weights[name], weights.get(f"{name}.bias"))
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -109,17 +211,39 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2)
 
 
-def _rotate(x: Tensor, theta: float) -> Tensor:
-    """Return heads [..., S, D] with rotary position encoding.
+def _grouped_shapes(spec: AttentionSpec, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "query": (query_size, hidden_size),
+        "key": (kv_size, hidden_size),
+        "value": (kv_size, hidden_size),
+        "output": (hidden_size, query_size),
+    }
+    if spec.qkv_bias:
+        shapes |= {f"{name}.bias": shapes[name][:1] for name in ("query", "key", "value")}
+    if spec.output_bias:
+        shapes["output.bias"] = (hidden_size,)
+    if spec.qk_norm:
+        shapes |= {"query_norm": (spec.head_dim,), "key_norm": (spec.head_dim,)}
+    return shapes
 
-    Element i is paired with i + D / 2; pairing neighbours instead is the same model with the rows
-    of its projections in another order. Angles are float32: half precision cannot count positions.
-    """
-    half = x.shape[-1] // 2
-    exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    position = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
-    angle = torch.outer(position, theta**-exponent)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x[..., :half].float(), x[..., half:].float()
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)
+
+def _latent_shapes(spec: AttentionSpec, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    query_size = spec.num_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim)
+    expanded_size = spec.num_heads * (spec.qk_nope_head_dim + spec.head_dim)
+    shapes: dict[str, tuple[int, ...]] = {
+        "query": (query_size, spec.q_lora_rank or hidden_size),
+        "latent": (spec.kv_lora_rank + spec.qk_rope_head_dim, hidden_size),
+        "latent_norm": (spec.kv_lora_rank,),
+        "expand": (expanded_size, spec.kv_lora_rank),
+        "output": (hidden_size, spec.num_heads * spec.head_dim),
+    }
+    if spec.q_lora_rank:
+        shapes["query_down"] = (spec.q_lora_rank, hidden_size)
+        shapes["query_down_norm"] = (spec.q_lora_rank,)
+    if spec.qkv_bias:
+        reducing = ("query_down", "latent") if spec.q_lora_rank else ("latent",)
+        shapes |= {f"{name}.bias": shapes[name][:1] for name in reducing}
+    if spec.output_bias:
+        shapes["output.bias"] = (hidden_size,)
+    return shapes

@@ -11,16 +11,22 @@ from torch import Tensor
 
 from epplan.planner.model import ModelSpec
 
-from .attention import attention, rms_norm
-from .experts import fingerprint, mlp
-from .router import choose, preferences, scores, weigh
+from .attention import attention, attention_step
+from .experts import fingerprint, mlp, shared_mlp
+from .norm import rms_norm
+from .router import choose, preferences, router_logits, scores, weigh
 from .routing_ties import choice_margin
-from .weights import SeededWeights
+from .weights import Weights
 
 # Scores closer than this part of their size may be ordered either way: a score moves by at most
 # its logit's error times itself. Over 24 layers of top-8 routing of 128 experts the widest tie was
-# 3e-6 in float32, 5e-3 in float16 and 4e-2 in bfloat16.
-_TIE_MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# 3e-6 in float32, 5e-3 in float16 and 4e-2 in bfloat16; with rows sent as 8-bit floats 4e-2.
+_TIE_MARGIN = {
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+    torch.float8_e4m3fn: 1e-1,
+}
 _MAX_DISAGREEMENTS = 16  # per layer: the run has failed by then, and each takes milliseconds
 
 
@@ -47,33 +53,42 @@ class DenseRun:
 
 @torch.inference_mode()
 def run_dense(
-    spec: ModelSpec, weights: SeededWeights, x_BSH: Tensor, experts_LTK: Tensor
+    spec: ModelSpec,
+    weights: Weights,
+    x_BSH: Tensor,
+    experts_LTK: Tensor,
+    rounding: torch.dtype,
 ) -> DenseRun:
     """Run all sequences of all ranks.
 
     Args:
         spec: the model.
-        weights: the same seeded weights as the distributed run's.
+        weights: the same weights as the distributed run's.
         x_BSH: input hidden states; overwritten.
         experts_LTK: the distributed run's choice, followed where it is a tie.
+        rounding: the coarsest dtype of the distributed run.
     """
     num_ties = 0
     disagreements: list[Disagreement] = []
     fingerprints: list[Tensor] = []
+    step = attention_step(spec, x_BSH)
     for layer in range(spec.num_layers):
-        projections = weights.attention(layer)
+        projections, gain_H = weights.attention(layer), weights.input_norm(layer)
         for x_1SH in torch.split(x_BSH, 1):  # sequence by sequence: memory stays at one of them
-            x_1SH += attention(rms_norm(x_1SH), projections, spec.attention)
+            h_1SH = rms_norm(x_1SH, gain_H, spec.norm_epsilon)
+            x_1SH += attention(h_1SH, projections, spec.attention, step, layer)
         if layer in spec.moe_layers:
             experts_TK = experts_LTK[spec.moe_layers.index(layer)]
-            ties, wrong, fingerprints_E = _add_moe(spec, weights, layer, x_BSH, experts_TK)
+            ties, wrong, fingerprints_E = _add_moe(
+                spec, weights, layer, x_BSH, experts_TK, rounding
+            )
             num_ties += ties
             disagreements += wrong
             fingerprints.append(fingerprints_E)
         else:
-            dense = weights.dense_mlp(layer)
+            dense, gain_H = weights.dense_mlp(layer), weights.post_attention_norm(layer)
             for x_1SH in torch.split(x_BSH, 1):
-                x_1SH += mlp(rms_norm(x_1SH), dense)
+                x_1SH += mlp(rms_norm(x_1SH, gain_H, spec.norm_epsilon), dense)
     return DenseRun(
         hidden_BSH=x_BSH,
         fingerprints_LE=torch.stack(fingerprints),
@@ -83,15 +98,22 @@ def run_dense(
 
 
 def _add_moe(
-    spec: ModelSpec, weights: SeededWeights, layer: int, x_BSH: Tensor, experts_TK: Tensor
+    spec: ModelSpec,
+    weights: Weights,
+    layer: int,
+    x_BSH: Tensor,
+    experts_TK: Tensor,
+    rounding: torch.dtype,
 ) -> tuple[int, list[Disagreement], Tensor]:
     """Add the MoE output to x_BSH; return ties, disagreements and the experts' fingerprints."""
-    h_TH = rms_norm(x_BSH).flatten(0, 1)
-    scores_TE = scores(h_TH.float() @ weights.router(layer).T, spec.router)
+    gain_H = weights.post_attention_norm(layer)
+    h_TH = rms_norm(x_BSH, gain_H, spec.norm_epsilon).flatten(0, 1)
+    logits_TE = router_logits(h_TH, weights.router(layer), weights.router_logit_bias(layer))
+    scores_TE = scores(logits_TE, spec.router)
     preferences_TE = preferences(scores_TE, weights.router_bias(layer))
     own_TK = choose(preferences_TE, spec.router, spec.top_k)
     num_ties, wrong = _follow_ties(
-        spec, layer, preferences_TE, own_TK, experts_TK.to(own_TK.device), x_BSH.dtype
+        spec, layer, preferences_TE, own_TK, experts_TK.to(own_TK.device), rounding
     )
     weights_TK = weigh(scores_TE, own_TK, spec.router)
     sum_TH = torch.zeros_like(h_TH, dtype=torch.float32)
@@ -104,7 +126,7 @@ def _add_moe(
     out_TH = sum_TH.to(x_BSH.dtype)
     shared = weights.shared_expert(layer)
     if shared is not None:
-        out_TH = out_TH + mlp(h_TH, shared)
+        out_TH = out_TH + shared_mlp(h_TH, shared, weights.shared_gate(layer))
     x_BSH += out_TH.view_as(x_BSH)
     return num_ties, wrong, torch.stack(fingerprints)
 
@@ -115,7 +137,7 @@ def _follow_ties(
     preferences_TE: Tensor,
     own_TK: Tensor,
     other_TK: Tensor,
-    dtype: torch.dtype,
+    rounding: torch.dtype,
 ) -> tuple[int, list[Disagreement]]:
     """Overwrite own_TK by other_TK where the difference is a tie.
 
@@ -130,7 +152,7 @@ def _follow_ties(
             break
         other: list[int] = other_TK[token].tolist()
         margin = choice_margin(preferences_TE[token], other, spec.router)
-        if margin <= _TIE_MARGIN[dtype]:
+        if margin <= _TIE_MARGIN[rounding]:
             num_ties += 1
             own_TK[token] = other_TK[token]
         else:

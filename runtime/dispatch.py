@@ -1,168 +1,139 @@
-"""Dispatch and combine with `all_to_all_single` and uneven splits.
+"""The interface of all dispatchers, and what they share.
+
+A dispatcher makes a transfer for each MoE layer of each micro-batch, and the transfer takes the
+rows to the experts and back in four steps. Between the steps rows are under way, and another
+micro-batch may compute; `begin` and `send` are apart so that the host need not wait for counts
+while the device has nothing queued.
+
+    begin       count and sort rows; counts are under way
+    send        rows are under way
+    receive     rows are here, slot by slot: compute the experts
+    send_back   outputs are under way
+    receive_back  outputs are with their tokens
 
 Shapes: T tokens of this rank, K experts per token, N = T x K rows sent, R rows received, W ranks,
-P slots per rank, H hidden size.
-
-One all-gather of the counts gives every rank the matrix M[source, destination, slot]; split
-sizes, the order of received rows, the load of all experts and the consistency checks all come
-from it. On wrong splits gloo can deliver garbage in silence and NCCL hangs, so all is checked.
+P slots per rank, S = W x P slots, H hidden size.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from .channel import Channel
+from .clock import Place
+
+DispatcherKind = Literal["alltoall", "padded", "local"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dispatched:
-    """Rows received, by slot, and what the way back needs."""
+class SlotRows:
+    """What this rank's experts have to compute."""
 
     rows_RH: Tensor  # slot by slot, within a slot by source rank
     rows_of_slot: list[int]  # [P]
-    counts_WWP: Tensor  # M, int64, on the CPU
-    sort_N: Tensor  # sorted row -> row t * K + k
-    slot_major_R: Tensor | None  # slot-major row -> received row; None where they are the same
-    send_rows: list[int]  # [W]
-    receive_rows: list[int]  # [W]
 
 
-class AllToAll:
-    """Sends rows to the ranks of their experts and back.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """Where the tokens of one MoE layer and micro-batch go."""
 
-    Args:
-        rank: this process.
-        world_size: number of ranks, all of the default process group.
-        slots_per_rank: experts a rank may hold.
-    """
+    x_TH: Tensor  # hidden states, in the dtype they travel in
+    slot_TK: Tensor  # global slots, `rank * slots_per_rank + slot of the rank`
+    weights_TK: Tensor  # of the experts' outputs, float32
+    held: tuple[bool, ...]  # [P]: slots of this rank that have an expert
+    place: Place  # in the step, for messages and the trace
+    check_rows: bool = False  # send every row's origin and slot along and compare on arrival
 
-    def __init__(self, *, rank: int, world_size: int, slots_per_rank: int) -> None:
-        self._rank = rank
-        self._world_size = world_size
-        self._slots_per_rank = slots_per_rank
-        # torch 2.13 renamed the collective and warns about the old name.
-        self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-    def dispatch(self, x_TH: Tensor, slot_TK: Tensor, *, check_rows: bool = False) -> Dispatched:
-        """Send each token to the slots of its experts.
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """Rows of one transfer by slot, int64."""
 
-        Args:
-            x_TH: hidden states.
-            slot_TK: global slot numbers, `rank * slots_per_rank + slot of the rank`.
-            check_rows: also send every row's origin and slot along and compare on arrival; costs
-                a second all-to-all of 8 bytes a row.
+    own_S: Tensor  # sent by this rank; on the device
+    all_WWP: Tensor | None = None  # by all, on the CPU; where they were gathered on the way
+
+
+class Transfer(ABC):
+    """The rows of one MoE layer and micro-batch, on their way to the experts and back."""
+
+    counts: Counts
+
+    @abstractmethod
+    def send(self) -> None:
+        """Send the rows to the ranks of their experts.
 
         Raises:
             ValueError: counts or rows are not what was sent.
         """
-        sort_N = slot_TK.flatten().argsort(stable=True)  # (r0,s0), (r0,s1), (r1,s0), ...
-        counts_WWP = self._gather_counts(slot_TK)
-        send_rows = counts_WWP[self._rank].sum(-1).tolist()
-        arriving_WP = counts_WWP[:, self._rank]  # [source, slot]: what each source sends here
-        receive_rows = arriving_WP.sum(-1).tolist()
-        top_k = slot_TK.shape[1]
-        received_RH = _exchange(x_TH[sort_N // top_k], send_rows, receive_rows)
-        if check_rows:
-            self._check_rows(slot_TK.flatten()[sort_N], send_rows, arriving_WP)
-        slot_major_R = _slot_major(arriving_WP, x_TH.device)
-        return Dispatched(
-            rows_RH=received_RH if slot_major_R is None else received_RH[slot_major_R],
-            rows_of_slot=arriving_WP.sum(0).tolist(),
-            counts_WWP=counts_WWP,
-            sort_N=sort_N,
-            slot_major_R=slot_major_R,
-            send_rows=send_rows,
-            receive_rows=receive_rows,
-        )
 
-    def combine(self, rows_RH: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
-        """Bring the experts' outputs home and add them up, by weight.
+    @abstractmethod
+    def receive(self) -> SlotRows:
+        """Return the rows that arrived here, for the experts."""
+
+    @abstractmethod
+    def send_back(self, outputs_RH: Tensor) -> None:
+        """Send the experts' outputs, for the rows in the order of `receive`, to their tokens."""
+
+    @abstractmethod
+    def receive_back(self) -> Tensor:
+        """Return the tokens' outputs, added up by weight, [T, H] in the dtype of the outputs."""
+
+
+class Dispatcher(ABC):
+    """Takes rows to the ranks of their experts."""
+
+    def __init__(self, channel: Channel, slots_per_rank: int) -> None:
+        self.channel = channel
+        self.slots_per_rank = slots_per_rank
+
+    @abstractmethod
+    def begin(self, routed: Routed) -> Transfer:
+        """Count and sort the rows that take each token to the slots of its experts."""
+
+    def rerun(self, counts_NWWP: Tensor) -> "Dispatcher | None":
+        """Return what to run a step again with that lost rows; None if all rows arrived.
 
         Args:
-            rows_RH: outputs for `sent.rows_RH`, in its order.
-            sent: what `dispatch` returned.
-            weights_TK: float32.
-
-        Returns:
-            [T, H] in the dtype of `rows_RH`; summed in float32 from a token's first choice to
-            its last, whatever the order of arrival.
+            counts_NWWP: rows of the step's transfers, the same on all ranks.
         """
-        if sent.slot_major_R is not None:
-            rows_RH = torch.empty_like(rows_RH).index_copy_(0, sent.slot_major_R, rows_RH)
-        returned_NH = _exchange(rows_RH, sent.receive_rows, sent.send_rows)
-        home_NH = torch.empty_like(returned_NH).index_copy_(0, sent.sort_N, returned_NH)
-        home_TKH = home_NH.view(*weights_TK.shape, home_NH.shape[1])
-        sum_TH = home_TKH[:, 0].float() * weights_TK[:, :1]
-        for choice in range(1, weights_TK.shape[1]):
-            sum_TH += home_TKH[:, choice] * weights_TK[:, choice, None]
-        return sum_TH.to(rows_RH.dtype)
-
-    def _gather_counts(self, slot_TK: Tensor) -> Tensor:
-        """Return M[source, destination, slot] on the CPU."""
-        slot_N = slot_TK.flatten()
-        num_slots = self._world_size * self._slots_per_rank
-        # scatter_add_ and not bincount, which waits for the device.
-        counts = torch.zeros(num_slots, dtype=torch.int64, device=slot_N.device)
-        counts.scatter_add_(0, slot_N, torch.ones_like(slot_N))
-        # Gloo wants the output flat.
-        gathered = counts.new_empty(self._world_size * num_slots)
-        self._all_gather(gathered, counts)
-        # Device-to-host sync: split sizes of uneven collectives are host numbers.
-        on_host = torch.cat([counts, gathered]).cpu()
-        counted, matrix = on_host[:num_slots], on_host[num_slots:]
-        own = matrix.view(self._world_size, num_slots)[self._rank]
-        if not torch.equal(own, counted):
-            raise ValueError(
-                f"rank {self._rank} counted {int(counted.sum())} rows, by slot "
-                f"{counted.tolist()}; the gathered counts say {int(own.sum())}: {own.tolist()}"
-            )
-        return matrix.view(self._world_size, self._world_size, self._slots_per_rank)
-
-    def _check_rows(self, slot_N: Tensor, send_rows: list[int], arriving_WP: Tensor) -> None:
-        """Compare origin and slot of every received row with what the counts say."""
-        num_slots = self._world_size * self._slots_per_rank
-        receive_rows = arriving_WP.sum(-1).tolist()
-        tags_R = _exchange(slot_N + self._rank * num_slots, send_rows, receive_rows)
-        slots_P = torch.arange(self._slots_per_rank) + self._rank * self._slots_per_rank
-        expected_WP = torch.arange(self._world_size)[:, None] * num_slots + slots_P
-        expected_R = expected_WP.flatten().repeat_interleave(arriving_WP.flatten())
-        wrong_R = tags_R.cpu() != expected_R
-        if wrong_R.any():
-            row = int(wrong_R.nonzero()[0])
-            is_tag, expected_tag = int(tags_R[row]), int(expected_R[row])
-            raise ValueError(
-                f"rank {self._rank} received {int(wrong_R.sum())} wrong rows of "
-                f"{len(expected_R)}: row {row} comes from rank {is_tag // num_slots} for slot "
-                f"{is_tag % num_slots}, the counts say rank {expected_tag // num_slots} and slot "
-                f"{expected_tag % num_slots}"
-            )
-
-
-def _exchange(rows: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
-    """Send `send_rows[rank]` rows to every rank, in rank order, and return those received."""
-    if sum(send_rows) != rows.shape[0]:
-        raise ValueError(f"splits {send_rows} add up to {sum(send_rows)} of {rows.shape[0]} rows")
-    received = rows.new_empty(sum(receive_rows), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive_rows, send_rows)
-    return received
-
-
-def _slot_major(arriving_WP: Tensor, device: torch.device) -> Tensor | None:
-    """Return the order that gathers the rows of each slot, on `device`.
-
-    Received rows are rank-major:   (r0,s0), (r0,s1), (r1,s0), (r1,s1), ...
-    experts want them slot-major:   (r0,s0), (r1,s0), ..., (r0,s1), (r1,s1), ...
-    """
-    num_ranks, slots_per_rank = arriving_WP.shape
-    if slots_per_rank == 1:
         return None
-    slot_R = (
-        torch.arange(slots_per_rank, device=device)
-        .repeat(num_ranks)
-        .repeat_interleave(
-            arriving_WP.flatten().to(device),
-            output_size=int(arriving_WP.sum()),  # otherwise a device-to-host sync
+
+
+def gather_counts(channel: Channel, counts: Sequence[Counts], place: Place) -> Tensor:
+    """Return rows by transfer, source, destination and slot, int64 [N, W, W, P] on the CPU.
+
+    A collective where the dispatcher has not gathered them on the way.
+    """
+    known = [each.all_WWP for each in counts if each.all_WWP is not None]
+    if len(known) == len(counts):
+        return torch.stack(known)
+    own_NS = torch.stack([each.own_S for each in counts])
+    everything = channel.gather_to_host(own_NS.flatten(), place).wait()
+    gathered = checked_counts(everything, channel.rank, place)
+    shape = (channel.world_size, len(counts), channel.world_size, -1)
+    return gathered.view(shape).transpose(0, 1).contiguous()
+
+
+def checked_counts(gathered: Tensor, rank: int, place: Place) -> Tensor:
+    """Return the counts of all ranks, [W, n].
+
+    Args:
+        gathered: them, and once more the own ones, [W + 1, n].
+        rank: this process.
+        place: in the step.
+
+    Raises:
+        ValueError: the gathered counts are not what was counted here.
+    """
+    matrix, counted = gathered[:-1], gathered[-1]
+    if not torch.equal(matrix[rank], counted):
+        raise ValueError(
+            f"rank {rank} counted {int(counted.sum())} rows in layer {place.layer}, by slot "
+            f"{counted.tolist()}; the gathered counts say {int(matrix[rank].sum())}: "
+            f"{matrix[rank].tolist()}"
         )
-    )
-    return slot_R.argsort(stable=True)
+    return matrix

@@ -4,40 +4,32 @@ Shapes: B sequences per rank, S positions, H hidden size.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epplan.files import write_atomically
 from epplan.planner.plan import Plan
 
-from .clock import PhaseClock, synchronize
-from .dispatch import AllToAll
+from .build import build_model
+from .clock import synchronize
 from .environment import Setting
-from .model import ExpertParallelModel, Step, build_layers
+from .model import ExpertParallelModel, Step
 from .monitor import measure_load
+from .options import Options
 from .result import PhaseTime, Result
+from .schedule import Choice, choose
+from .source import open_source
+from .trace import trace_text
 from .verify import Verification, verify
-from .watchdog import Watchdog
-from .weights import SeededWeights, seeded_hidden
+from .watchdog import At, Watchdog, say_nothing
 
-_ROUTING_NOTE = "routers have seeded random weights: the load is theirs, not the plan's traffic"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What to run; the same on all ranks."""
-
-    backend: str
-    sequences: int  # per rank
-    sequence_length: int
-    steps: int
-    seed: int
-    verify: bool
-    timeout: float = 600.0  # seconds
+Gathered = TypeVar("Gathered")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +38,7 @@ class RankTiming:
 
     steps: list[float]
     phases: list[dict[str, float]]
-
-
-class At(Protocol):
-    """How a rank says where it is, to its watchdog."""
-
-    def __call__(self, place: str, *, limited: bool = True) -> None: ...
-
-
-def _nowhere(place: str, *, limited: bool = True) -> None:
-    """Say nothing."""
+    reran: int  # steps
 
 
 def run_rank(
@@ -67,45 +50,50 @@ def run_rank(
         The result on rank 0, None on the others.
 
     Raises:
+        InputError: the checkpoint, the prompt or the options do not fit the plan.
         ValueError: rows arrived that were not sent.
     """
-    weights = SeededWeights(
-        spec=plan.model, seed=options.seed, device=setting.device, dtype=setting.dtype
-    )
-    clock = PhaseClock(setting.device)
-    layers = build_layers(plan, rank, weights)
-    model = ExpertParallelModel(
+    source = open_source(
         plan.model,
-        layers,
-        AllToAll(rank=rank, world_size=plan.world_size, slots_per_rank=plan.slots_per_rank),
-        clock,
+        setting,
+        checkpoint=options.checkpoint,
+        prompt=options.prompt,
+        seed=options.seed,
+        sequences=options.sequences,
+        positions=options.positions,
+        rank=rank,
     )
-    shape = (options.sequences, options.sequence_length, plan.model.hidden_size)
-    x_BSH = seeded_hidden(options.seed, rank, shape, device=setting.device, dtype=setting.dtype)
-    at: At = _nowhere if watchdog is None else watchdog.at
+    choice = choose(plan, options, setting.device)
+    model = build_model(plan, options, choice, source.weights, rank)
+    x_BSH = source.hidden(rank)
+    at: At = say_nothing if watchdog is None else watchdog.at
     at("the warm-up step")
-    model.forward(x_BSH, check_rows=True)  # it checks every row's way
-    step, own_timing = _time_steps(model, x_BSH, options.steps, clock, setting.device, at)
+    warm_up = model.forward(x_BSH, check_rows=True)  # checks every row's way
+    step, own_timing = _time_steps(model, x_BSH, options.steps, setting.device, at)
     at("the comparison with the dense model", limited=False)
-    timings = _gather_timings(own_timing, rank, plan.world_size)
+    timings = _gather(own_timing, rank, plan.world_size)
+    if options.trace is not None:
+        spans = _gather(model.clock.spans(), rank, plan.world_size)
+        if spans is not None:
+            write_atomically(options.trace, trace_text(plan, spans))
     verification = None
     if options.verify:
-        verification = verify(step, plan, layers, weights, rank)
+        verification = verify(step, plan, model.layers, source, rank, float8=options.fp8_dispatch)
     if timings is None:
         return None
-    return _result(plan, options, setting, timings, verification, step)
+    reran = warm_up.reran + timings[0].reran
+    notes = (*setting.notes, *source.notes, *_notes(options, choice, reran))
+    next_tokens = source.next_tokens(step.hidden_BSH)
+    return _result(plan, options, setting, choice, timings, verification, step, next_tokens, notes)
 
 
 def _time_steps(
-    model: ExpertParallelModel,
-    x_BSH: Tensor,
-    steps: int,
-    clock: PhaseClock,
-    device: torch.device,
-    at: At,
+    model: ExpertParallelModel, x_BSH: Tensor, steps: int, device: torch.device, at: At
 ) -> tuple[Step, RankTiming]:
     """Return the last step, and the time of each."""
-    timing = RankTiming(steps=[], phases=[])
+    times: list[float] = []
+    phases: list[dict[str, float]] = []
+    reran = 0
     for number in range(1, steps + 1):
         at(f"step {number}")
         dist.barrier()  # all ranks start together, so that nobody's delay is counted twice
@@ -113,13 +101,15 @@ def _time_steps(
         begin = time.perf_counter()
         step = model.forward(x_BSH)
         synchronize(device)
-        timing.steps.append(time.perf_counter() - begin)
-        timing.phases.append(clock.seconds())
-    return step, timing
+        times.append(time.perf_counter() - begin)
+        phases.append(model.clock.seconds())
+        reran += step.reran
+    return step, RankTiming(steps=times, phases=phases, reran=reran)
 
 
-def _gather_timings(own: RankTiming, rank: int, world_size: int) -> list[RankTiming] | None:
-    gathered: list[RankTiming] | None = [own] * world_size if rank == 0 else None
+def _gather(own: Gathered, rank: int, world_size: int) -> list[Gathered] | None:
+    """Return all ranks' values on rank 0, None on the others."""
+    gathered: list[Gathered] | None = [own] * world_size if rank == 0 else None
     dist.gather_object(own, gathered, dst=0)
     return gathered
 
@@ -137,12 +127,15 @@ def _result(
     plan: Plan,
     options: Options,
     setting: Setting,
+    choice: Choice,
     timings: list[RankTiming],
     verification: Verification | None,
     step: Step,
+    next_tokens: tuple[int, ...] | None,
+    notes: tuple[str, ...],
 ) -> Result:
     load = measure_load(plan, step.counts_LWWP)
-    tokens_per_step = plan.world_size * options.sequences * options.sequence_length
+    tokens_per_step = plan.world_size * options.sequences * options.positions
     slowest_rank = [max(steps) for steps in zip(*(rank.steps for rank in timings), strict=True)]
     step_s = median(slowest_rank)
     return Result(
@@ -153,9 +146,13 @@ def _result(
         backend_reason=setting.backend_reason,
         device=_device_name(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),
+        dispatcher=choice.dispatcher,
+        dispatcher_reason=choice.dispatcher_reason,
+        micro_batches=choice.schedule.micro_batches,
+        micro_batches_reason=choice.schedule.reason,
         seed=options.seed,
         sequences=options.sequences,
-        sequence_length=options.sequence_length,
+        sequence_length=options.positions,
         steps=options.steps,
         tokens_per_step=tokens_per_step,
         tokens_per_s=tokens_per_step / step_s,
@@ -169,8 +166,31 @@ def _result(
         expert_load=load.expert_load,
         rank_load=load.rank_load,
         balance=load.balance,
-        notes=(*setting.notes, _ROUTING_NOTE),
+        checkpoint=None if options.checkpoint is None else str(options.checkpoint),
+        next_tokens=next_tokens,
+        notes=notes,
     )
+
+
+def _notes(options: Options, choice: Choice, reran: int) -> Iterator[str]:
+    if options.fp8_dispatch and choice.dispatcher != "local":
+        yield (
+            "rows went to the experts as 8-bit numbers (--fp8-dispatch): outputs are rounded, and "
+            "compared with a wider tolerance"
+        )
+    unused = [
+        option
+        for option, given in (("--fp8-dispatch", options.fp8_dispatch), ("--dedup", options.dedup))
+        if given and choice.dispatcher == "local"
+    ]
+    for option in unused:
+        yield f"{option} has no effect: no rows travel"
+    if reran:
+        yield (
+            f"{reran} of {options.steps + 1} steps (with the warm-up) had more rows than the "
+            "padded dispatcher has room for and were run again with uneven splits; the room grows "
+            "each time, or give a larger --capacity-factor"
+        )
 
 
 def _device_name(device: torch.device) -> str:

@@ -15,8 +15,8 @@ ranks that disagree whether a layer is ready wait for ever (vLLM PR 32418).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,6 @@ class Migration:
         empty_expert: returns weights of the right shapes, to be filled.
         install: told the plan from now on, a layer and this rank's experts of it.
         chunk_bytes: the most a rank sends, and receives, between two layers.
-        beside: context in which transfers are launched; on a GPU, a stream of their own.
     """
 
     def __init__(
@@ -111,11 +110,10 @@ class Migration:
         empty_expert: Callable[[], MlpWeights],
         install: Callable[[Plan, int, Experts], None],
         chunk_bytes: int = CHUNK_BYTES,
-        beside: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._plan, self._new, self._rank = old, new, rank
         self._experts_of, self._empty_expert = experts_of, empty_expert
-        self._install, self._chunk_bytes, self._beside = install, chunk_bytes, beside
+        self._install, self._chunk_bytes = install, chunk_bytes
         self._layers = [
             layer
             for layer in range(old.model.num_moe_layers)
@@ -173,7 +171,7 @@ class Migration:
         if self._transfers:
             empty = self._empty_expert()
             chunks = sum(1 for _ in _chunks(empty, self._chunk_bytes))
-            self._expert_bytes = sum(tensor.nbytes for tensor in _tensors(empty))
+            self._expert_bytes = sum(tensor.nbytes for tensor in empty.tensors)
             self._rounds = schedule(self._transfers, chunks + 1, per_rank)
             for transfer in self._transfers:
                 if transfer.target_slot // per_rank == self._rank:
@@ -189,8 +187,7 @@ class Migration:
             if receiver == self._rank:
                 operations.append(dist.P2POp(dist.irecv, self._incoming(piece), sender))
         if operations:
-            with self._beside():
-                self._under_way = dist.batch_isend_irecv(operations)
+            self._under_way = dist.batch_isend_irecv(operations)
 
     def _finish_round(self) -> None:
         for work in self._under_way:
@@ -271,19 +268,21 @@ def with_layer_of(plan: Plan, new: Plan, layer: int) -> Plan:
     )
 
 
-def _tensors(expert: MlpWeights) -> Iterator[Tensor]:
-    """Yield the expert's tensors, in the order of its fields."""
-    for field in fields(expert):
-        tensor = getattr(expert, field.name)
-        if tensor is not None:
-            yield tensor
+def empty_like(expert: MlpWeights) -> MlpWeights:
+    """Return weights of the same shapes, not yet filled."""
+    tensors: dict[str, Any] = {
+        field.name: torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        for field in fields(expert)
+        if isinstance(value := getattr(expert, field.name), Tensor)
+    }
+    return replace(expert, **tensors)
 
 
 def _chunks(expert: MlpWeights, chunk_bytes: int) -> Iterator[Tensor]:
     """Yield views of the expert's tensors, each of at most `chunk_bytes`."""
-    for tensor in _tensors(expert):
+    for tensor in expert.tensors:
         # As bytes: every backend sends those, whatever the weights' dtype.
-        flat = tensor.detach().view(-1).view(torch.uint8)
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         yield from torch.split(flat, chunk_bytes)
 
 

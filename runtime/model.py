@@ -1,45 +1,41 @@
 """The model as one rank of an expert-parallel group runs it.
 
 Shapes: B sequences, S positions, T = B x S tokens, H hidden size, E experts, K experts per token,
-R rows received, W ranks, P slots per rank.
+R rows received, W ranks, P slots per rank, L MoE layers, M micro-batches.
 
-Attention, shared experts and dense layers are data parallel: every rank holds them and runs them
-on its own sequences. Only routed experts are spread, so only their rows travel.
+A micro-batch is a generator over all layers: attend, route, dispatch, experts, combine. It yields
+wherever rows are under way, so that a schedule can let another micro-batch compute meanwhile;
+run alone it is a plain forward pass.
 """
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from epplan.planner.model import ModelSpec
-from epplan.planner.plan import Plan
 
-from .attention import attention, rms_norm
-from .clock import PhaseClock
-from .dispatch import AllToAll, Dispatched
-from .experts import MlpWeights, mlp
-from .router import route
-from .weights import SeededWeights
+from .attention import attention, attention_step
+from .clock import PhaseClock, Place
+from .dispatch import Counts, Dispatcher, Routed, Transfer, gather_counts
+from .experts import MlpWeights, mlp, run_experts, shared_mlp
+from .kv_cache import KvCache
+from .layers import Layer, MoeWeights
+from .norm import rms_norm
+from .pipeline import Point, Schedule, take_turns
+from .router import route, router_logits
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoeWeights:
-    """One MoE layer's weights on one rank."""
-
-    router_EH: Tensor  # float32
-    bias_E: Tensor | None
-    slot_E: Tensor  # int64: the global slot of each expert
-    experts: tuple[MlpWeights | None, ...]  # by slot of this rank; None is an empty slot
-    shared: MlpWeights | None
+_END = Place(-1, -1)  # of a step, after all layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One layer on one rank: attention, then experts or one MLP."""
+class MicroBatch:
+    """What some of a step's sequences give."""
 
-    attention: dict[str, Tensor]
-    feed_forward: MoeWeights | MlpWeights
+    hidden_BSH: Tensor
+    experts_LTK: Tensor
+    counts: list[Counts]  # [L]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,103 +45,162 @@ class Step:
     hidden_BSH: Tensor
     experts_LTK: Tensor  # the choice in each MoE layer
     counts_LWWP: Tensor  # rows by source rank, destination rank and slot, on the CPU
-
-
-def build_layers(plan: Plan, rank: int, weights: SeededWeights) -> list[Layer]:
-    """Return all layers of the plan's model with the experts the plan gives to `rank`."""
-    ordinals = {layer: ordinal for ordinal, layer in enumerate(plan.model.moe_layers)}
-    return [
-        Layer(
-            attention=weights.attention(layer),
-            feed_forward=(
-                _build_moe(plan, ordinals[layer], rank, weights)
-                if layer in ordinals
-                else weights.dense_mlp(layer)
-            ),
-        )
-        for layer in range(plan.model.num_layers)
-    ]
+    reran: bool  # rows did not fit, and the step was run again without a limit
 
 
 class ExpertParallelModel:
-    """The layers of one rank, run together with the other ranks'."""
+    """The layers of one rank, run together with the other ranks'.
+
+    Args:
+        spec: the model.
+        layers: this rank's weights.
+        dispatcher: takes rows to the experts.
+        schedule: of micro-batches.
+        clock: times phases.
+    """
 
     def __init__(
-        self, spec: ModelSpec, layers: list[Layer], dispatcher: AllToAll, clock: PhaseClock
+        self,
+        spec: ModelSpec,
+        layers: list[Layer],
+        dispatcher: Dispatcher,
+        schedule: Schedule,
+        clock: PhaseClock,
     ) -> None:
-        self._spec = spec
-        self._layers = layers
-        self._dispatcher = dispatcher
-        self._clock = clock
+        self.spec = spec
+        self.layers = layers
+        self.dispatcher = dispatcher
+        self.schedule = schedule
+        self.clock = clock
 
-    @torch.inference_mode()
-    def forward(self, x_BSH: Tensor, *, check_rows: bool = False) -> Step:
+    def forward(
+        self,
+        x_BSH: Tensor,
+        *,
+        caches: Sequence[KvCache] | None = None,
+        check_rows: bool = False,
+        train: bool = False,
+    ) -> Step:
         """Run this rank's sequences; a collective: every rank calls it.
 
         Args:
-            x_BSH: hidden states.
+            x_BSH: hidden states; ranks may have different numbers of sequences, or none.
+            caches: of each micro-batch the positions already seen, which these follow; they are
+                added to it.
             check_rows: check the origin of every row that arrives.
+            train: keep what gradients need.
         """
+        with torch.inference_mode(not train):
+            self.clock.start()
+            seen = [cache.length for cache in caches or ()]
+            batches = self.run(x_BSH, self.dispatcher, caches=caches, check_rows=check_rows)
+            counts = self._gather(batches)
+            dropless = self.dispatcher.rerun(counts)
+            if dropless is not None:
+                for cache, length in zip(caches or (), seen, strict=True):
+                    cache.truncate(length)
+                batches = self.run(x_BSH, dropless, caches=caches, check_rows=check_rows)
+                counts = self._gather(batches)
+            num_ranks = counts.shape[1]
+            return Step(
+                hidden_BSH=torch.cat([batch.hidden_BSH for batch in batches]),
+                experts_LTK=torch.cat([batch.experts_LTK for batch in batches], dim=1),
+                counts_LWWP=counts.view(len(batches), -1, num_ranks, *counts.shape[2:]).sum(0),
+                reran=dropless is not None,
+            )
+
+    def run(
+        self,
+        x_BSH: Tensor,
+        dispatcher: Dispatcher,
+        *,
+        caches: Sequence[KvCache] | None = None,
+        check_rows: bool = False,
+    ) -> list[MicroBatch]:
+        """Run all micro-batches; with a padded dispatcher the host never waits."""
+        parts = torch.tensor_split(x_BSH, self.schedule.micro_batches)
+        of_part: Sequence[KvCache | None] = caches or [None] * len(parts)
+        batches = (
+            self._micro_batch(number, part, cache, dispatcher, check_rows)
+            for number, (part, cache) in enumerate(zip(parts, of_part, strict=True))
+        )
+        return take_turns(batches, self.schedule)
+
+    def _gather(self, batches: list[MicroBatch]) -> Tensor:
+        """Return rows by micro-batch and layer, source, destination and slot."""
+        counts = [each for batch in batches for each in batch.counts]
+        gathered = gather_counts(self.dispatcher.channel, counts, _END)
+        if counts[0].all_WWP is None:
+            self.clock.mark("counts", _END)
+        return gathered
+
+    def _micro_batch(
+        self,
+        number: int,
+        x_BSH: Tensor,
+        cache: KvCache | None,
+        dispatcher: Dispatcher,
+        check_rows: bool,
+    ) -> Generator[Point, None, MicroBatch]:
+        """Take some of the sequences through all layers."""
+        spec, step = self.spec, attention_step(self.spec, x_BSH, cache)
         choices: list[Tensor] = []
-        counts: list[Tensor] = []
-        self._clock.start()
-        for layer in self._layers:
-            x_BSH = x_BSH + attention(rms_norm(x_BSH), layer.attention, self._spec.attention)
-            self._clock.mark("attention")
-            h_TH = rms_norm(x_BSH).flatten(0, 1)
+        counts: list[Counts] = []
+        for index, layer in enumerate(self.layers):
+            place = Place(index, number)
+            h_BSH = rms_norm(x_BSH, layer.input_norm_H, spec.norm_epsilon)
+            x_BSH = x_BSH + attention(h_BSH, layer.attention, spec.attention, step, index)
+            self.clock.mark("attention", place)
+            h_BSH = rms_norm(x_BSH, layer.post_attention_norm_H, spec.norm_epsilon)
+            h_TH = h_BSH.flatten(0, 1)
             if isinstance(layer.feed_forward, MlpWeights):
                 out_TH = mlp(h_TH, layer.feed_forward)
-                self._clock.mark("dense_mlp")
+                self.clock.mark("dense_mlp", place)
             else:
-                out_TH, experts_TK, sent = self._moe(h_TH, layer.feed_forward, check_rows)
+                weights_TK, experts_TK = self._route(h_TH, layer.feed_forward)
+                slot_TK = layer.feed_forward.replicas.choose(experts_TK)
+                transfer = dispatcher.begin(
+                    Routed(
+                        x_TH=h_TH,
+                        slot_TK=slot_TK,
+                        weights_TK=weights_TK,
+                        held=layer.feed_forward.held,
+                        place=place,
+                        check_rows=check_rows,
+                    )
+                )
+                out_TH = yield from self._moe(h_TH, transfer, layer.feed_forward, place)
                 choices.append(experts_TK)
-                counts.append(sent.counts_WWP)
+                counts.append(transfer.counts)
             x_BSH = x_BSH + out_TH.view_as(x_BSH)
-        return Step(
-            hidden_BSH=x_BSH, experts_LTK=torch.stack(choices), counts_LWWP=torch.stack(counts)
-        )
+        return MicroBatch(hidden_BSH=x_BSH, experts_LTK=torch.stack(choices), counts=counts)
+
+    def _route(self, h_TH: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
+        """Return the weight and the number of each token's experts, [T, K]."""
+        logits_TE = router_logits(h_TH, weights.router_EH, weights.logit_bias_E)
+        return route(logits_TE, self.spec.router, self.spec.top_k, weights.bias_E)
 
     def _moe(
-        self, h_TH: Tensor, weights: MoeWeights, check_rows: bool
-    ) -> tuple[Tensor, Tensor, Dispatched]:
-        """Return the layer's output, its choice of experts and what was dispatched."""
-        logits_TE = h_TH.float() @ weights.router_EH.T
-        weights_TK, experts_TK = route(
-            logits_TE, self._spec.router, self._spec.top_k, weights.bias_E
-        )
-        self._clock.mark("route")
-        sent = self._dispatcher.dispatch(h_TH, weights.slot_E[experts_TK], check_rows=check_rows)
-        self._clock.mark("dispatch")
-        rows_RH = _run_experts(sent, weights.experts)
-        self._clock.mark("experts")
-        out_TH = self._dispatcher.combine(rows_RH, sent, weights_TK)
-        self._clock.mark("combine")
+        self, h_TH: Tensor, transfer: Transfer, weights: MoeWeights, place: Place
+    ) -> Generator[Point, None, Tensor]:
+        """Take rows that have begun their way to the experts there and back; [T, H]."""
+        self.clock.mark("route", place)
+        yield "counted"
+        transfer.send()
+        self.clock.mark("dispatch", place)
+        yield "sent"
+        rows = transfer.receive()
+        self.clock.mark("dispatch", place)
+        outputs_RH = run_experts(rows.rows_RH, rows.rows_of_slot, weights.experts)
+        self.clock.mark("experts", place)
+        transfer.send_back(outputs_RH)
+        self.clock.mark("combine", place)
+        del rows, outputs_RH
+        shared_TH = None
         if weights.shared is not None:
-            out_TH = out_TH + mlp(h_TH, weights.shared)
-            self._clock.mark("shared_experts")
-        return out_TH, experts_TK, sent
-
-
-def _run_experts(sent: Dispatched, experts: tuple[MlpWeights | None, ...]) -> Tensor:
-    """Return the output of each received row, in the order of `sent.rows_RH`."""
-    slots = torch.split(sent.rows_RH, sent.rows_of_slot)
-    outputs = [
-        rows if expert is None else mlp(rows, expert)  # an empty slot has no rows
-        for rows, expert in zip(slots, experts, strict=True)
-    ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _build_moe(plan: Plan, ordinal: int, rank: int, weights: SeededWeights) -> MoeWeights:
-    layer = plan.model.moe_layers[ordinal]
-    slots = plan.expert_of_slot[ordinal]
-    slot_of_expert = [slots.index(expert) for expert in range(plan.model.num_experts)]
-    first = rank * plan.slots_per_rank
-    own = slots[first : first + plan.slots_per_rank]
-    return MoeWeights(
-        router_EH=weights.router(layer),
-        bias_E=weights.router_bias(layer),
-        slot_E=torch.tensor(slot_of_expert, device=weights.device),
-        experts=tuple(None if e is None else weights.expert(layer, e) for e in own),
-        shared=weights.shared_expert(layer),
-    )
+            shared_TH = shared_mlp(h_TH, weights.shared, weights.shared_gate_1H)
+            self.clock.mark("shared_experts", place)
+        yield "returned"
+        out_TH = transfer.receive_back()
+        self.clock.mark("combine", place)
+        return out_TH if shared_TH is None else out_TH + shared_TH

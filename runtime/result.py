@@ -30,6 +30,10 @@ class Result:
     backend_reason: str
     device: str
     dtype: str
+    dispatcher: str
+    dispatcher_reason: str
+    micro_batches: int
+    micro_batches_reason: str
     seed: int
     sequences: int  # per rank
     sequence_length: int
@@ -46,6 +50,8 @@ class Result:
     expert_load: list[list[int]]  # [MoE layers][experts]
     rank_load: list[list[int]]  # [MoE layers][ranks]
     balance: tuple[LayerBalance, ...]
+    checkpoint: str | None = None  # None: seeded weights
+    next_tokens: tuple[int, ...] | None = None  # likeliest, after each of rank 0's sequences
     notes: tuple[str, ...]
 
 
@@ -59,6 +65,9 @@ def summary_lines(result: Result, plan: Plan) -> Iterator[str]:
     """Yield the summary for a terminal."""
     yield f"{result.ranks} ranks, {result.backend} ({result.backend_reason})"
     yield f"computed on {result.device} in {result.dtype}"
+    yield f"dispatcher {result.dispatcher} ({result.dispatcher_reason})"
+    plural = "micro-batch" if result.micro_batches == 1 else "micro-batches"
+    yield f"{result.micro_batches} {plural} ({result.micro_batches_reason})"
     yield (
         f"{result.tokens_per_s:,.0f} tokens/s: {result.tokens_per_step:,} tokens a step, "
         f"{result.step_s * 1e3:.1f} ms (median of {result.steps})"
@@ -66,6 +75,11 @@ def summary_lines(result: Result, plan: Plan) -> Iterator[str]:
     phases = (f"{name} {time.mean_s * 1e3:.1f}" for name, time in result.phases.items())
     yield f"mean ms by phase: {', '.join(phases)}"
     yield _verdict(result)
+    if result.checkpoint is not None:
+        yield f"weights of {result.checkpoint}"
+    if result.next_tokens is not None:
+        tokens = ", ".join(map(str, result.next_tokens))
+        yield f"likeliest next token of each of rank 0's sequences: {tokens}"
     yield from (f"note: {note}" for note in result.notes)
     yield ""
     yield from _layer_table(result)

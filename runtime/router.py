@@ -1,6 +1,6 @@
 """How logits become experts and weights: one rule for all model families.
 
-Shapes: T tokens, E experts, K experts per token (top-k), N groups of E / N experts.
+Shapes: T tokens, H hidden size, E experts, K experts per token (top-k), N groups of E / N experts.
 
 Logits are in logical expert order and float32. Placement never enters here: slots are looked up
 afterwards, because permuting the router's rows would break ties differently and would tear
@@ -8,6 +8,7 @@ apart the groups of group-limited routing.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from epplan.planner.model import RouterSpec
@@ -30,6 +31,11 @@ def route(
     scores_TE = scores(logits_TE, spec)
     experts_TK = choose(preferences(scores_TE, bias_E), spec, top_k)
     return weigh(scores_TE, experts_TK, spec), experts_TK
+
+
+def router_logits(h_TH: Tensor, router_EH: Tensor, bias_E: Tensor | None) -> Tensor:
+    """Return logits_TE of hidden states, float32."""
+    return F.linear(h_TH.float(), router_EH, bias_E)
 
 
 def scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:

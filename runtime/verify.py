@@ -20,13 +20,20 @@ from epplan.planner.plan import Plan
 
 from .dense import Disagreement, run_dense
 from .experts import fingerprint
-from .model import Layer, MoeWeights, Step
-from .weights import SeededWeights, seeded_hidden
+from .layers import Layer, MoeWeights
+from .model import Step
+from .source import Source
 
 # Largest difference allowed, relative to the largest reference value. Both runs use one dtype and
 # differ in the order of sums only: over 4 to 24 layers 3e-6 was seen in float32, 3e-3 in float16
 # and 2e-2 in bfloat16, growing with depth; exchanging two experts of one layer made 3e-2 to 3e-1.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Rows sent as 8-bit floats made 3e-2.
+_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+    torch.float8_e4m3fn: 1e-1,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +52,13 @@ class Verification:
 
 
 def verify(
-    step: Step, plan: Plan, layers: list[Layer], weights: SeededWeights, rank: int
+    step: Step,
+    plan: Plan,
+    layers: list[Layer],
+    source: Source,
+    rank: int,
+    *,
+    float8: bool = False,
 ) -> Verification | None:
     """Gather all ranks' outputs and compare them with the dense model; a collective.
 
@@ -53,26 +66,26 @@ def verify(
         step: this rank's output and choice of experts.
         plan: which expert belongs into which slot.
         layers: what this rank ran.
-        weights: what it should have run.
+        source: weights and inputs it should have run.
         rank: this process.
+        float8: whether rows travelled as 8-bit numbers, which rounds them.
 
     Returns:
         The verdict on rank 0, None on the others.
     """
     hidden_WBSH = _gather(step.hidden_BSH, rank, plan.world_size)
     experts_WLTK = _gather(step.experts_LTK, rank, plan.world_size)
-    fingerprints_WLP = _gather(_fingerprints(layers, weights.device), rank, plan.world_size)
+    weights, device = source.weights, step.hidden_BSH.device
+    fingerprints_WLP = _gather(_fingerprints(layers, device), rank, plan.world_size)
     if hidden_WBSH is None or experts_WLTK is None or fingerprints_WLP is None:
         return None
-    shape, device, dtype = step.hidden_BSH.shape, weights.device, weights.dtype
-    inputs = [
-        seeded_hidden(weights.seed, source, shape, device=device, dtype=dtype)
-        for source in range(plan.world_size)
-    ]
+    inputs = [source.hidden(other) for other in range(plan.world_size)]
+    dtype = step.hidden_BSH.dtype
     experts_LTK = experts_WLTK.transpose(0, 1).flatten(1, 2)
-    dense = run_dense(plan.model, weights, torch.cat(inputs), experts_LTK)
+    rounding = torch.float8_e4m3fn if float8 else dtype
+    dense = run_dense(plan.model, weights, torch.cat(inputs), experts_LTK, rounding)
     error = _largest_difference(hidden_WBSH.flatten(0, 1), dense.hidden_BSH)
-    tolerance = _TOLERANCE[dtype] * float(dense.hidden_BSH.abs().max())
+    tolerance = _TOLERANCE[rounding] * float(dense.hidden_BSH.abs().max())
     problems = [
         *_wrong_experts(plan, fingerprints_WLP, dense.fingerprints_LE),
         *_wrong_outputs(error, tolerance, dtype),

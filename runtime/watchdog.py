@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,17 @@ _RESTART = "TORCHELASTIC_RESTART_COUNT"
 _FAILED, _GAVE_UP = "failed: ", "gave up: "
 _GLOO_SOURCE = re.compile(r"^\[\S*/gloo/\S*\] |\. This is typically caused by .*")
 _CPU_ALLOCATOR = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
+
+
+class At(Protocol):
+    """How a rank says where it is: `Watchdog.at`."""
+
+    def __call__(self, place: str, *, limited: bool = True) -> None:
+        """Say it."""
+
+
+def say_nothing(place: str, *, limited: bool = True) -> None:
+    """Be an `At` that nobody hears."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

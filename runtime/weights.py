@@ -1,18 +1,19 @@
-"""Seeded weights and inputs: every tensor is a function of its name alone.
+"""Where weights come from; and seeded ones: every tensor is a function of its name alone.
 
 A rank builds only its own experts, the dense model builds one expert at a time, and both get the
 same numbers. torch's own generators would not do: what they draw on a GPU depends on its number of
 multiprocessors, so that ranks on different GPU models would disagree. Here each element is an
 integer hash of its index and of the tensor's key, exact on every device.
 
-Shapes: H hidden size, E experts, F width of an MLP.
+Shapes: H hidden size, E experts, F width of an MLP, V vocabulary.
 """
 
 import hashlib
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,28 +31,122 @@ _LOGIT_STD = 1.0
 _BIAS_STD = 0.05  # against sigmoid scores about 0.5: changes some choices, rules none out
 
 
+class Weights(Protocol):
+    """The weights of a model, on demand: what is not asked for is neither built nor read.
+
+    `layer` is the absolute layer number everywhere. Tensors are on `device`, in `dtype` unless
+    said otherwise. None is a part the model does not have, or a gain of ones.
+    """
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are put."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What tensors are given as."""
+
+    def embedding(self) -> Tensor:
+        """Return embedding_VH."""
+
+    def output_head(self) -> Tensor:
+        """Return head_VH; the embedding itself where the model ties them."""
+
+    def final_norm(self) -> Tensor | None:
+        """Return gain_H of the norm before the output head."""
+
+    def input_norm(self, layer: int) -> Tensor | None:
+        """Return gain_H of the norm before attention."""
+
+    def post_attention_norm(self, layer: int) -> Tensor | None:
+        """Return gain_H of the norm before the experts or the MLP."""
+
+    def attention(self, layer: int) -> dict[str, Tensor]:
+        """Return projections, biases, gains and sinks by the names of `attention_shapes`."""
+
+    def router(self, layer: int) -> Tensor:
+        """Return router_EH, float32 whatever the model's dtype."""
+
+    def router_logit_bias(self, layer: int) -> Tensor | None:
+        """Return the bias_E of the router's projection, float32."""
+
+    def router_bias(self, layer: int) -> Tensor | None:
+        """Return the correction bias_E added to scores for the choice only, float32."""
+
+    def expert(self, layer: int, expert: int) -> MlpWeights:
+        """Return the weights of one expert."""
+
+    def shared_expert(self, layer: int) -> MlpWeights | None:
+        """Return the shared experts as one gated MLP."""
+
+    def shared_gate(self, layer: int) -> Tensor | None:
+        """Return gate_1H, whose sigmoid weighs the shared experts."""
+
+    def dense_mlp(self, layer: int) -> MlpWeights:
+        """Return the MLP of a layer without experts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeededWeights:
-    """The weights of a model, built on demand; nothing is kept.
-
-    `layer` is the absolute layer number everywhere.
-    """
+    """Weights drawn from a seed; gains are 1. Nothing is kept."""
 
     spec: ModelSpec
     seed: int
     device: torch.device
     dtype: torch.dtype
 
+    def embedding(self) -> Tensor:
+        """Return embedding_VH of unit variance."""
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        key = f"{self.seed}/embedding"
+        return seeded_tensor(key, shape, std=1.0, device=self.device, dtype=self.dtype)
+
+    def output_head(self) -> Tensor:
+        """Return head_VH."""
+        if self.spec.tied_embeddings:
+            return self.embedding()
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        std = 1 / math.sqrt(self.spec.hidden_size)
+        key = f"{self.seed}/output_head"
+        return seeded_tensor(key, shape, std=std, device=self.device, dtype=self.dtype)
+
+    def final_norm(self) -> None:
+        """Return no gain."""
+
+    def input_norm(self, layer: int) -> None:
+        """Return no gain."""
+
+    def post_attention_norm(self, layer: int) -> None:
+        """Return no gain."""
+
     def attention(self, layer: int) -> dict[str, Tensor]:
-        """Return the projections of one layer, by name."""
+        """Return projections, biases and sinks of one layer, by name."""
         shapes = attention_shapes(self.spec.attention, self.spec.hidden_size)
-        return {name: self._matrix(layer, name, shape) for name, shape in shapes.items()}
+        tensors = {}
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                tensors[name] = self._matrix(layer, name, shape)
+            elif not name.endswith("_norm"):
+                std = 1.0 if name == "sinks" else _BIAS_STD
+                tensors[name] = self._seeded(layer, name, shape, std, self.dtype)
+        return tensors
 
     def router(self, layer: int) -> Tensor:
         """Return router_EH, float32 whatever the model's dtype."""
         shape = (self.spec.num_experts, self.spec.hidden_size)
         std = _LOGIT_STD / math.sqrt(self.spec.hidden_size)
         return self._seeded(layer, "router", shape, std, torch.float32)
+
+    def router_logit_bias(self, layer: int) -> Tensor | None:
+        """Return bias_E, float32, for models whose router's projection has one."""
+        if not self.spec.router.logit_bias:
+            return None
+        shape = (self.spec.num_experts,)
+        return self._seeded(layer, "router_logit_bias", shape, _BIAS_STD, torch.float32)
 
     def router_bias(self, layer: int) -> Tensor | None:
         """Return bias_E, float32, for models with a correction bias."""
@@ -62,13 +157,29 @@ class SeededWeights:
 
     def expert(self, layer: int, expert: int) -> MlpWeights:
         """Return the weights of one expert."""
-        return self._mlp(layer, f"expert{expert}", self.spec.expert_ffn_size, self.spec.gated)
+        name, width = f"expert{expert}", self.spec.expert_ffn_size
+        weights = self._mlp(layer, name, width, self.spec.gated)
+        weights = replace(weights, limit=self.spec.swiglu_limit, alpha=self.spec.swiglu_alpha)
+        if not self.spec.expert_bias:
+            return weights
+        return replace(
+            weights,
+            gate_bias_F=self._bias(layer, f"{name}.gate.bias", width),
+            up_bias_F=self._bias(layer, f"{name}.up.bias", width),
+            down_bias_H=self._bias(layer, f"{name}.down.bias", self.spec.hidden_size),
+        )
 
     def shared_expert(self, layer: int) -> MlpWeights | None:
         """Return the shared experts as one gated MLP, for models that have them."""
         if not self.spec.shared_ffn_size:
             return None
         return self._mlp(layer, "shared", self.spec.shared_ffn_size, gated=True)
+
+    def shared_gate(self, layer: int) -> Tensor | None:
+        """Return gate_1H, for models that weigh their shared experts."""
+        if not self.spec.shared_gate:
+            return None
+        return self._matrix(layer, "shared_gate", (1, self.spec.hidden_size))
 
     def dense_mlp(self, layer: int) -> MlpWeights:
         """Return the MLP of a layer without experts."""
@@ -82,7 +193,10 @@ class SeededWeights:
             down_HF=self._matrix(layer, f"{name}.down", down_shape),
         )
 
-    def _matrix(self, layer: int, name: str, shape: tuple[int, int]) -> Tensor:
+    def _bias(self, layer: int, name: str, width: int) -> Tensor:
+        return self._seeded(layer, name, (width,), _BIAS_STD, self.dtype)
+
+    def _matrix(self, layer: int, name: str, shape: Sequence[int]) -> Tensor:
         """Return a projection, [out, in], that keeps the variance of its input."""
         return self._seeded(layer, name, shape, 1 / math.sqrt(shape[1]), self.dtype)
 
@@ -109,6 +223,15 @@ def seeded_hidden(
     return hidden
 
 
+def seeded_tokens(
+    seed: int, rank: int, shape: tuple[int, int], vocabulary: int, *, device: torch.device
+) -> Tensor:
+    """Return the input tokens of a rank, [sequences, positions], int64."""
+    keys = _keys(f"{seed}/tokens/{rank}")
+    words = torch.arange(math.prod(shape), dtype=torch.int32, device=device)
+    return (_hash(words, keys).long() % vocabulary).view(shape)
+
+
 def seeded_tensor(
     key: str, shape: Sequence[int], *, std: float, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -119,7 +242,7 @@ def seeded_tensor(
         shape: of fewer than 2**31 elements.
         std: standard deviation.
     """
-    keys = struct.unpack("<3i", hashlib.blake2b(key.encode(), digest_size=12).digest())
+    keys = _keys(key)
     flat = torch.empty(math.prod(shape), device=device, dtype=dtype)
     assert flat.numel() < 1 << 31, (key, shape)
     scale = std * math.sqrt(3) / 2**31  # uniform on [-a, a] has standard deviation a / sqrt(3)
@@ -129,6 +252,10 @@ def seeded_tensor(
         words = torch.arange(first, last, dtype=torch.int32, device=device)
         flat[first:last] = _hash(words, keys).to(torch.float32).mul_(scale)
     return flat.view(*shape)
+
+
+def _keys(key: str) -> tuple[int, ...]:
+    return struct.unpack("<3i", hashlib.blake2b(key.encode(), digest_size=12).digest())
 
 
 def _hash(words: Tensor, keys: Sequence[int]) -> Tensor:

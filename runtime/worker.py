@@ -26,7 +26,8 @@ from .environment import (
     num_threads,
     read_environment,
 )
-from .measure import Options, run_rank
+from .measure import run_rank
+from .options import Options
 from .process_group import process_group
 from .result import Result, result_text, summary_lines
 

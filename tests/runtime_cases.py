@@ -69,12 +69,48 @@ DEEPSEEK = ModelSpec(
 
 
 def make_plan(
-    model: ModelSpec, num_ranks: int, *, slots_per_rank: int = 1, num_hosts: int = 2, seed: int = 0
+    model: ModelSpec,
+    num_ranks: int,
+    *,
+    slots_per_rank: int = 1,
+    num_hosts: int = 2,
+    copies: int = 0,
+    seed: int = 0,
 ) -> Plan:
-    """Return a plan with every layer's experts in random slots."""
+    """Return a plan with every layer's experts in random slots.
+
+    `copies` more slots of a layer hold second and further copies of random experts, with random
+    shares.
+    """
     generator = random.Random(seed)
     num_slots = num_ranks * slots_per_rank
-    experts = [*range(model.num_experts), *[None] * (num_slots - model.num_experts)]
     gpus = [(f"node{rank * num_hosts // num_ranks}", rank) for rank in range(num_ranks)]
-    slots = [generator.sample(experts, num_slots) for _ in model.moe_layers]
-    return bare_plan(model, gpus, slots)
+    layers = []
+    for _ in model.moe_layers:
+        experts = [*range(model.num_experts), *[None] * (num_slots - model.num_experts)]
+        slots = generator.sample(experts, num_slots)
+        _add_copies(slots, slots_per_rank, copies, generator)
+        layers.append(slots)
+    shares = [_random_shares(slots, generator) for slots in layers] if copies else None
+    return bare_plan(model, gpus, layers, shares)
+
+
+def _add_copies(
+    slots: list[int | None], slots_per_rank: int, copies: int, generator: random.Random
+) -> None:
+    """Fill empty slots with experts their ranks have not."""
+    empty = [slot for slot, expert in enumerate(slots) if expert is None]
+    for slot in generator.sample(empty, copies):
+        first = slot // slots_per_rank * slots_per_rank
+        own = slots[first : first + slots_per_rank]
+        slots[slot] = generator.choice(sorted({x for x in slots if x is not None} - set(own)))
+
+
+def _random_shares(slots: list[int | None], generator: random.Random) -> list[float]:
+    parts = [0.0 if expert is None else generator.random() for expert in slots]
+    totals: dict[int | None, float] = {}
+    for expert, part in zip(slots, parts, strict=True):
+        totals[expert] = totals.get(expert, 0.0) + part
+    return [
+        part / totals[expert] if part else 0.0 for expert, part in zip(slots, parts, strict=True)
+    ]

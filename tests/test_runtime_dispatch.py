@@ -1,4 +1,4 @@
-"""Dispatch and combine over real gloo ranks, with experts simple enough to know the answer."""
+"""Every dispatcher over real gloo ranks, with experts simple enough to know the answer."""
 
 from collections.abc import Callable
 from unittest.mock import patch
@@ -7,18 +7,61 @@ import pytest
 import torch
 from torch import Tensor
 
-from epplan.runtime import dispatch as dispatch_module
-from epplan.runtime.dispatch import AllToAll
+from epplan.runtime.alltoall import AllToAll
+from epplan.runtime.channel import Arriving, Channel
+from epplan.runtime.clock import PhaseClock, Place
+from epplan.runtime.dedup import Deduplicated
+from epplan.runtime.dispatch import Dispatcher, Routed, gather_counts
+from epplan.runtime.local import Local
+from epplan.runtime.padded import Padded, capacity_for
+from epplan.runtime.wire import Float8Wire, PlainWire
 from tests.fork_ranks import RankError, run_ranks
 
 RANKS = 16
 HIDDEN = 8
+PLACE = Place(layer=2, micro_batch=0)
 Choice = Callable[[int, int], Tensor]  # rank, slots per rank -> slot_TK
 
 
+def channel(rank: int, world_size: int = RANKS) -> Channel:
+    clock = PhaseClock(torch.device("cpu"))
+    return Channel(rank=rank, world_size=world_size, device=torch.device("cpu"), clock=clock)
+
+
+def alltoall(rank: int, slots_per_rank: int) -> Dispatcher:
+    return AllToAll(channel(rank), slots_per_rank, PlainWire())
+
+
+def float8(rank: int, slots_per_rank: int) -> Dispatcher:
+    return AllToAll(channel(rank), slots_per_rank, Float8Wire())
+
+
+def dedup(rank: int, slots_per_rank: int) -> Dispatcher:
+    return Deduplicated(channel(rank), slots_per_rank, PlainWire())
+
+
+def dedup_float8(rank: int, slots_per_rank: int) -> Dispatcher:
+    return Deduplicated(channel(rank), slots_per_rank, Float8Wire())
+
+
+def padded(rank: int, slots_per_rank: int) -> Dispatcher:
+    return Padded(
+        channel(rank),
+        slots_per_rank,
+        PlainWire(),
+        capacity=7,
+        dropless=alltoall(rank, slots_per_rank),
+    )
+
+
 def spread(rank: int, slots_per_rank: int) -> Tensor:
+    return some_slots(rank, torch.arange(RANKS * slots_per_rank))
+
+
+def some_slots(rank: int, slots: Tensor) -> Tensor:
+    """Return 3 of `slots` for each of 20 tokens."""
     generator = torch.Generator().manual_seed(rank)
-    rows = [torch.randperm(RANKS * slots_per_rank, generator=generator)[:3] for _ in range(20)]
+    rows = [slots[torch.randperm(len(slots), generator=generator)[:3]] for _ in range(20)]
     return torch.stack(rows)
 
 
@@ -27,8 +70,8 @@ def all_to_one(rank: int, slots_per_rank: int) -> Tensor:
 
 
 def none_to_rank_3(rank: int, slots_per_rank: int) -> Tensor:
-    slot_TK = spread(rank, slots_per_rank)
-    return torch.where(slot_TK // slots_per_rank == 3, 2 * slots_per_rank, slot_TK)
+    slots = torch.arange(RANKS * slots_per_rank)
+    return some_slots(rank, slots[slots // slots_per_rank != 3])
 
 
 def uneven_tokens(rank: int, slots_per_rank: int) -> Tensor:
@@ -36,82 +79,220 @@ def uneven_tokens(rank: int, slots_per_rank: int) -> Tensor:
     return spread(rank, slots_per_rank)[:rank]
 
 
-def scale_by_slot(rank: int, slots_per_rank: int, choice: Choice) -> tuple[int, bool]:
+CHOICES: list[Choice] = [spread, all_to_one, none_to_rank_3, uneven_tokens]
+
+
+def through(dispatcher: Dispatcher, routed: Routed) -> tuple[Tensor, int, Tensor]:
     """Let the expert in slot s multiply by s + 1.
 
     Returns:
-        The number of rows received, and whether the combined output is right.
+        The combined output, the number of rows computed, and the gathered counts.
     """
-    slot_TK = choice(rank, slots_per_rank)
-    generator = torch.Generator().manual_seed(100 + rank)
-    x_TH = torch.randn(len(slot_TK), HIDDEN, generator=generator)
-    weights_TK = torch.rand(slot_TK.shape, generator=generator)
-    exchange = AllToAll(rank=rank, world_size=RANKS, slots_per_rank=slots_per_rank)
-    sent = exchange.dispatch(x_TH, slot_TK, check_rows=True)
-    factors = torch.arange(slots_per_rank) + rank * slots_per_rank + 1
-    scaled_RH = sent.rows_RH * factors.repeat_interleave(torch.tensor(sent.rows_of_slot))[:, None]
-    out_TH = exchange.combine(scaled_RH, sent, weights_TK)
-    expected_TH = x_TH * (weights_TK * (slot_TK + 1)).sum(-1, keepdim=True)
-    return len(sent.rows_RH), torch.allclose(out_TH, expected_TH, rtol=1e-5, atol=1e-6)
+    slots_per_rank = dispatcher.slots_per_rank
+    transfer = dispatcher.begin(routed)
+    transfer.send()
+    rows = transfer.receive()
+    factors = torch.arange(slots_per_rank) + dispatcher.channel.rank * slots_per_rank + 1
+    factor_R = factors.repeat_interleave(torch.tensor(rows.rows_of_slot))
+    transfer.send_back(rows.rows_RH * factor_R[:, None])
+    out_TH = transfer.receive_back()
+    counts = gather_counts(dispatcher.channel, [transfer.counts], PLACE)[0]
+    return out_TH, len(rows.rows_RH), counts
+
+
+def scale_by_slot(
+    rank: int, make: Callable[[int, int], Dispatcher], slots_per_rank: int
+) -> list[tuple[int, int, float]]:
+    """Take every choice of slots there and back.
+
+    Returns:
+        For each choice the number of rows computed here, those counted for this rank, and the
+        largest error relative to the largest value.
+    """
+    results = []
+    dispatcher = make(rank, slots_per_rank)
+    for choice in CHOICES:
+        slot_TK = choice(rank, slots_per_rank)
+        generator = torch.Generator().manual_seed(100 + rank)
+        x_TH = torch.randn(len(slot_TK), HIDDEN, generator=generator)
+        weights_TK = torch.rand(slot_TK.shape, generator=generator)
+        routed = Routed(
+            x_TH=x_TH,
+            slot_TK=slot_TK,
+            weights_TK=weights_TK,
+            held=(True,) * slots_per_rank,
+            place=PLACE,
+            check_rows=True,
+        )
+        out_TH, num_rows, counts_WWP = through(dispatcher, routed)
+        rerun = dispatcher.rerun(counts_WWP[None])
+        if rerun is not None:
+            out_TH, num_rows, _ = through(rerun, routed)
+        expected_TH = x_TH * (weights_TK * (slot_TK + 1)).sum(-1, keepdim=True)
+        error = (out_TH - expected_TH).abs().amax() / expected_TH.abs().amax() if rank else 0.0
+        results.append((num_rows, int(counts_WWP[:, rank].sum()), float(error)))
+    return results
 
 
 @pytest.mark.parametrize("slots_per_rank", [1, 3])
-@pytest.mark.parametrize("choice", [spread, all_to_one, none_to_rank_3, uneven_tokens])
-def test_rows_come_back_from_the_right_slots(choice: Choice, slots_per_rank: int) -> None:
-    received, right = zip(*run_ranks(scale_by_slot, RANKS, slots_per_rank, choice), strict=True)
-    assert all(right)
-    sent = [choice(rank, slots_per_rank).numel() for rank in range(RANKS)]
-    assert sum(received) == sum(sent)
-    if choice is all_to_one:
-        assert received[5] == sum(sent)
-    if choice is none_to_rank_3:
-        assert received[3] == 0
+@pytest.mark.parametrize("make", [alltoall, dedup, padded, float8, dedup_float8])
+def test_rows_come_back_from_the_right_slots(
+    make: Callable[[int, int], Dispatcher], slots_per_rank: int
+) -> None:
+    by_rank = run_ranks(scale_by_slot, RANKS, make, slots_per_rank)
+    tolerance = 0.07 if make in (float8, dedup_float8) else 1e-6
+    for number, choice in enumerate(CHOICES):
+        rows, counted, errors = zip(*(ranks[number] for ranks in by_rank), strict=True)
+        assert max(errors) < tolerance
+        sent = sum(choice(rank, slots_per_rank).numel() for rank in range(RANKS))
+        assert sum(counted) == sent
+        if make is not padded:
+            assert rows == counted
+        if choice is all_to_one:
+            assert rows[5] >= sent
+        if choice is none_to_rank_3:
+            assert counted[3] == 0
+
+
+def overflow(rank: int) -> tuple[int | None, int]:
+    """Give one slot one row more than it has room for, on rank 2 alone."""
+    dispatcher = Padded(
+        channel(rank, 4),
+        1,
+        PlainWire(),
+        capacity=3,
+        dropless=AllToAll(channel(rank, 4), 1, PlainWire()),
+    )
+    slot_TK = torch.full((4 if rank == 2 else 3, 1), 1)
+    routed = Routed(
+        x_TH=torch.ones(len(slot_TK), HIDDEN),
+        slot_TK=slot_TK,
+        weights_TK=torch.ones(slot_TK.shape),
+        held=(True,),
+        place=PLACE,
+    )
+    out_TH, _, counts = through(dispatcher, routed)
+    lost = int((out_TH == 0).all(1).sum())
+    assert dispatcher.rerun(counts[None]) is not None
+    return lost, dispatcher.capacity
+
+
+def test_overflow_is_noticed_by_all_ranks_and_room_grows() -> None:
+    assert run_ranks(overflow, 4) == [(0, 5), (0, 5), (1, 5), (0, 5)]
+
+
+def test_capacity() -> None:
+    assert capacity_for(64, 1, 16, 1.0) == 16  # 4 on average, 6 deviations of 2
+    assert capacity_for(64, 1, 16, 2.0) == 20
+    assert capacity_for(8, 8, 8, 1.25) == 8  # a token goes to a slot once
+    assert capacity_for(0, 2, 8, 1.25) == 1
+
+
+def local_rows(rank: int, slot: int) -> None:
+    routed = Routed(
+        x_TH=torch.ones(2, HIDDEN),
+        slot_TK=torch.tensor([[0], [slot]]),
+        weights_TK=torch.ones(2, 1),
+        held=(True,),
+        place=PLACE,
+    )
+    out_TH, _, counts = through(Local(channel(rank, 1), 2), routed)
+    assert counts.tolist() == [[[1, 1]]]
+    assert out_TH[:, 0].tolist() == [1, 2]
+
+
+def test_local() -> None:
+    run_ranks(local_rows, 1, 1)
+
+
+def local_with_a_row_for_another_rank(rank: int) -> None:
+    routed = Routed(
+        x_TH=torch.ones(2, HIDDEN),
+        slot_TK=torch.tensor([[2 * rank], [3]]),
+        weights_TK=torch.ones(2, 1),
+        held=(True,),
+        place=PLACE,
+    )
+    through(Local(channel(rank, 2), 2), routed)
+
+
+def test_local_refuses_rows_of_others() -> None:
+    with pytest.raises(
+        RankError,
+        match=r"rank 0 has 1 rows in layer 2 for slots of other ranks, the first for slot 3; the "
+        r"local dispatcher moves none",
+    ):
+        run_ranks(local_with_a_row_for_another_rank, 2)
+
+
+def route_rows(rank: int, slots: list[int]) -> Routed:
+    return Routed(
+        x_TH=torch.zeros(len(slots), HIDDEN),
+        slot_TK=torch.tensor(slots)[:, None],
+        weights_TK=torch.ones(len(slots), 1),
+        held=(True,),
+        place=PLACE,
+        check_rows=True,
+    )
 
 
 def tamper_with_counts(rank: int) -> None:
     """On rank 2 the all-gather returns two of its own counts exchanged."""
 
-    def wrong_gather(gathered: Tensor, counts: Tensor) -> None:
+    def wrong_gather(gathered: Tensor, counts: Tensor, *, async_op: bool) -> object:
         real_gather(gathered, counts)
         gathered[[2 * 4, 2 * 4 + 1]] = gathered[[2 * 4 + 1, 2 * 4]]
+        return real_gather(gathered.clone(), counts, async_op=async_op)
 
-    exchange = AllToAll(rank=rank, world_size=4, slots_per_rank=1)
-    real_gather = exchange._all_gather
-    with patch.object(exchange, "_all_gather", wrong_gather if rank == 2 else real_gather):
-        exchange.dispatch(torch.zeros(3, HIDDEN), torch.tensor([[0], [0], [1]]))
+    own = channel(rank, 4)
+    real_gather = own._all_gather
+    with patch.object(own, "_all_gather", wrong_gather):
+        through(AllToAll(own, 1, PlainWire()), route_rows(rank, [0, 0, 1]))
 
 
 def test_counts_that_are_not_what_was_counted() -> None:
     with pytest.raises(
         RankError,
-        match=r"(?s)rank 2: .*ValueError: rank 2 counted 3 rows, by slot \[2, 1, 0, 0\]; "
-        r"the gathered counts say 3: \[1, 2, 0, 0\]",
+        match=r"(?s)rank 2: .*ValueError: rank 2 counted 3 rows in layer 2, by slot "
+        r"\[2, 1, 0, 0\]; the gathered counts say 3: \[1, 2, 0, 0\]",
     ):
         run_ranks(tamper_with_counts, 4)
 
 
-def reverse_rows(rank: int) -> None:
+def reverse_rows(rank: int, kind: type[AllToAll] | type[Deduplicated]) -> None:
     """Rank 1 sends its rows in another order than it counted; no collective can notice."""
 
-    def reversed_exchange(rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return real(rows.flip(0) if rank == 1 else rows, send, receive)
+    def reversed_exchange(rows: Tensor, *splits: list[int], **where: object) -> Arriving:
+        return real(rows.flip(0) if rank == 1 else rows, *splits, **where)
 
-    real = dispatch_module._exchange
-    exchange = AllToAll(rank=rank, world_size=4, slots_per_rank=1)
-    with patch.object(dispatch_module, "_exchange", reversed_exchange):
-        slot_TK = torch.tensor([[0], [1], [2], [2], [3]])
-        exchange.dispatch(torch.zeros(5, HIDDEN), slot_TK, check_rows=True)
+    own = channel(rank, 4)
+    real: Callable[..., Arriving] = own.exchange
+    with patch.object(own, "exchange", reversed_exchange):
+        through(kind(own, 1, PlainWire()), route_rows(rank, [0, 1, 2, 2, 3]))
 
 
-def test_rows_that_arrive_at_the_wrong_slot() -> None:
-    with pytest.raises(
-        RankError,
-        match=r"ValueError: rank (\d) received 1 wrong rows of \d: row \d comes from rank 1 for "
-        r"slot \d, the counts say rank 1 and slot \1",
-    ):
-        run_ranks(reverse_rows, 4)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            AllToAll,
+            r"ValueError: rank (\d) received 1 wrong rows of \d in layer 2: row \d comes from rank "
+            r"1 for slot \d, the counts say rank 1 and slot \1",
+        ),
+        (
+            Deduplicated,
+            r"ValueError: rank (\d) received \d wrong choices of \d in layer 2: choice \d is of "
+            r"token \d for slot \d, its row and the counts say token \d and slot \1",
+        ),
+    ],
+)
+def test_rows_that_arrive_at_the_wrong_slot(
+    kind: type[AllToAll] | type[Deduplicated], message: str
+) -> None:
+    with pytest.raises(RankError, match=message):
+        run_ranks(reverse_rows, 4, kind)
 
 
 def test_splits_that_miss_rows() -> None:
     with pytest.raises(ValueError, match=r"splits \[1, 2\] add up to 3 of 4 rows"):
-        dispatch_module._exchange(torch.zeros(4, 1), [1, 2], [1, 2])
+        channel(0, 2).exchange(torch.zeros(4, 1), [1, 2], [1, 2], name="test", place=PLACE)

@@ -16,7 +16,7 @@ from epplan.planner.plan import Plan
 from epplan.planner.transfers import Transfer, layer_transfers
 from epplan.runtime import migrate
 from epplan.runtime.experts import MlpWeights, fingerprint
-from epplan.runtime.migrate import Experts, Migration, Moved, schedule, with_layer_of
+from epplan.runtime.migrate import Experts, Migration, Moved, empty_like, schedule, with_layer_of
 from epplan.runtime.weights import SeededWeights
 from tests.fork_ranks import RankError, run_ranks
 from tests.plans import bare_plan
@@ -99,12 +99,7 @@ class Recorder:
         return tuple(None if e is None else self.weights.expert(number, e) for e in slots)
 
     def _empty(self) -> MlpWeights:
-        expert = self.weights.expert(self.plan.model.moe_layers[0], 0)
-        return MlpWeights(
-            gate_FH=None if expert.gate_FH is None else torch.empty_like(expert.gate_FH),
-            up_FH=torch.empty_like(expert.up_FH),
-            down_HF=torch.empty_like(expert.down_HF),
-        )
+        return empty_like(self.weights.expert(self.plan.model.moe_layers[0], 0))
 
     def _install(self, plan: Plan, layer: int, experts: Experts) -> None:
         self.events.append(f"layer {layer} changes")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,14 +12,20 @@ from torch import Tensor
 
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
-from epplan.runtime import measure, model
+from epplan.runtime import build, experts, model
+from epplan.runtime.build import build_model
+from epplan.runtime.dense import run_dense
 from epplan.runtime.environment import Setting
-from epplan.runtime.measure import Options, run_rank
-from epplan.runtime.model import Layer, MoeWeights, build_layers
+from epplan.runtime.layers import Layer, MoeWeights, build_layers
+from epplan.runtime.measure import run_rank
+from epplan.runtime.options import Options
+from epplan.runtime.replicas import ReplicaChoice
 from epplan.runtime.result import Result
 from epplan.runtime.router import route
-from epplan.runtime.weights import SeededWeights
+from epplan.runtime.schedule import choose
+from epplan.runtime.weights import SeededWeights, seeded_hidden
 from tests.fork_ranks import run_ranks
+from tests.plans import bare_plan
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 
 RANKS = 16
@@ -32,8 +39,8 @@ SETTING = Setting(
 )
 
 
-def run(rank: int, plan: Plan) -> Result | None:
-    return run_rank(plan, OPTIONS, SETTING, rank)
+def run(rank: int, plan: Plan, options: Options = OPTIONS) -> Result | None:
+    return run_rank(plan, options, SETTING, rank)
 
 
 def run_plan(plan: Plan, function: Callable[[int, Plan], Result | None] = run) -> Result:
@@ -41,37 +48,128 @@ def run_plan(plan: Plan, function: Callable[[int, Plan], Result | None] = run) -
     return result
 
 
+def run_cases(rank: int, plan: Plan, cases: list[Options]) -> list[Result | None]:
+    return [run(rank, plan, options) for options in cases]
+
+
+def case(dispatcher: str, micro_batches: int, **options: Any) -> Options:
+    """Two sequences a rank: of 3 micro-batches one is empty."""
+    return replace(OPTIONS, dispatcher=dispatcher, micro_batches=micro_batches, **options)
+
+
+ONE_COPY = [
+    case("alltoall", 1),
+    case("alltoall", 3),
+    case("alltoall", 2, dedup=True),
+    case("padded", 3),
+]
+COPIES = [
+    case("alltoall", 2),
+    case("alltoall", 1, dedup=True),
+    case("padded", 1),
+    case("alltoall", 3, dedup=True, replicas="nearest"),
+    case("padded", 2, replicas="nearest"),
+]
+SHALLOW = REFERENCE.with_overrides(layers=2)
+
+
 @pytest.mark.parametrize(
-    ("spec", "slots_per_rank"),
+    ("spec", "slots_per_rank", "copies"),
     [
-        (REFERENCE, 1),
-        (MIXTRAL, 1),  # 8 experts on 16 ranks: half of the slots are empty
-        (QWEN, 1),
-        (DEEPSEEK, 3),  # 32 experts in 48 slots, other ones in each layer
+        (SHALLOW, 1, 0),
+        (SHALLOW, 2, 9),
+        (MIXTRAL, 1, 0),  # 8 experts on 16 ranks: half of the slots are empty
+        (MIXTRAL, 1, 6),
+        (QWEN, 1, 0),
+        (QWEN, 3, 32),
+        (DEEPSEEK, 3, 0),  # 32 experts in 48 slots, other ones in each layer
+        (DEEPSEEK, 3, 12),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_ranks_equal_the_dense_model(spec: ModelSpec, slots_per_rank: int) -> None:
-    result = run_plan(make_plan(spec, RANKS, slots_per_rank=slots_per_rank))
+def test_ranks_equal_the_dense_model(spec: ModelSpec, slots_per_rank: int, copies: int) -> None:
+    plan = make_plan(spec, RANKS, slots_per_rank=slots_per_rank, copies=copies)
+    cases = COPIES if copies else ONE_COPY
+    results = run_ranks(run_cases, RANKS, plan, cases)[0]
+    for result, options in zip(results, cases, strict=True):
+        assert result.verified, (options, result.problems)
+        assert result.max_abs_error < 1e-5
+        assert result.micro_batches == options.micro_batches
+        rows = result.tokens_per_step * spec.top_k
+        for by_expert, by_rank in zip(result.expert_load, result.rank_load, strict=True):
+            assert sum(by_expert) == sum(by_rank) == rows
+
+
+def test_deep_model() -> None:
+    result = run_plan(make_plan(REFERENCE, RANKS))
     assert result.verified, result.problems
-    assert result.max_abs_error is not None
-    assert result.max_abs_error < 1e-5
-    rows = result.tokens_per_step * spec.top_k
-    for by_expert, by_rank in zip(result.expert_load, result.rank_load, strict=True):
-        assert sum(by_expert) == sum(by_rank) == rows
+    assert result.dispatcher == "alltoall"
+    assert result.micro_batches == 1
 
 
-def run_biased_to_expert_5(rank: int, plan: Plan) -> Result | None:
+def run_uneven(rank: int, plan: Plan, cases: list[Options]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Run a sequence of 2 tokens on every third rank, two on every third, none on the others."""
+    weights = SeededWeights(spec=plan.model, seed=0, device=SETTING.device, dtype=torch.float32)
+    shape = (rank % 3, 2, plan.model.hidden_size)
+    x_BSH = seeded_hidden(0, rank, shape, device=SETTING.device, dtype=torch.float32)
+    outputs = []
+    for options in cases:
+        choice = choose(plan, options, SETTING.device)
+        step = build_model(plan, options, choice, weights, rank).forward(x_BSH, check_rows=True)
+        outputs.append((x_BSH, step.hidden_BSH, step.experts_LTK))
+    return outputs
+
+
+@pytest.mark.parametrize("spec", [SHALLOW, DEEPSEEK], ids=lambda spec: spec.name)
+def test_ranks_without_tokens_and_more_micro_batches_than_tokens(spec: ModelSpec) -> None:
+    plan = make_plan(spec, RANKS, slots_per_rank=3, copies=5)
+    cases = [case("alltoall", 5), case("alltoall", 5, dedup=True), case("padded", 5)]
+    weights = SeededWeights(spec=spec, seed=0, device=SETTING.device, dtype=torch.float32)
+    for runs in zip(*run_ranks(run_uneven, RANKS, plan, cases), strict=True):
+        x_BSH, hidden_BSH = (torch.cat([run[number] for run in runs]) for number in (0, 1))
+        experts_LTK = torch.cat([run[2] for run in runs], dim=1)
+        dense = run_dense(spec, weights, x_BSH, experts_LTK, torch.float32)
+        assert not dense.disagreements
+        assert torch.allclose(hidden_BSH, dense.hidden_BSH, rtol=0, atol=1e-4)
+
+
+def test_every_expert_on_every_rank() -> None:
+    experts = range(MIXTRAL.num_experts)
+    slots = [[*experts] * 4] * MIXTRAL.num_moe_layers
+    shares = [[0.25] * 4 * len(experts)] * MIXTRAL.num_moe_layers
+    plan = bare_plan(MIXTRAL, [("node0", gpu) for gpu in range(4)], slots, shares)
+    cases = [replace(OPTIONS, replicas="nearest"), replace(OPTIONS, replicas="share")]
+    nearest, by_share = run_ranks(run_cases, 4, plan, cases)[0]
+    assert nearest.verified
+    assert nearest.dispatcher == "local"
+    assert nearest.dispatcher_reason == "every expert is on every rank: no rows travel"
+    assert nearest.rank_load == [[24 * MIXTRAL.top_k] * 4] * 2
+    assert by_share.verified
+    assert by_share.dispatcher == "alltoall"
+
+
+def run_biased_to_expert_5(rank: int, plan: Plan, cases: list[Options]) -> list[Result | None]:
     def bias(self: SeededWeights, layer: int) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor(5), self.spec.num_experts) * 100.0
 
     with patch.object(SeededWeights, "router_bias", bias):
-        return run(rank, plan)
+        return run_cases(rank, plan, cases)
 
 
 def test_all_tokens_to_one_expert() -> None:
-    plan = make_plan(REFERENCE, RANKS)
-    result = run_plan(plan, run_biased_to_expert_5)
+    plan = make_plan(SHALLOW, RANKS)
+    cases = [case("alltoall", 2), case("alltoall", 1, dedup=True), case("padded", 2)]
+    results = run_ranks(run_biased_to_expert_5, RANKS, plan, cases)[0]
+    for result in results:
+        _assert_all_to_expert_5(plan, result)
+    assert not any("run again" in note for result in results[:2] for note in result.notes)
+    assert any(
+        note.startswith("1 of 2 steps (with the warm-up) had more rows")
+        for note in results[2].notes
+    )
+
+
+def _assert_all_to_expert_5(plan: Plan, result: Result) -> None:
     assert result.verified, result.problems
     for ordinal, balance in enumerate(result.balance):
         only = plan.slots_of_expert(ordinal)[5][0] // plan.slots_per_rank
@@ -84,7 +182,9 @@ def test_all_tokens_to_one_expert() -> None:
 def run_with_experts_of_another_plan(rank: int, plan: Plan) -> Result | None:
     """Route by `plan`, but hold the experts of a plan with two of them exchanged."""
 
-    def swapped_layers(plan: Plan, rank: int, weights: SeededWeights) -> list[Layer]:
+    def swapped_layers(
+        plan: Plan, rank: int, weights: SeededWeights, replicas: ReplicaChoice
+    ) -> list[Layer]:
         slots = [list(layer) for layer in plan.expert_of_slot]
         slots[-1][3], slots[-1][4] = slots[-1][4], slots[-1][3]
         other = plan.model_copy(update={"expert_of_slot": tuple(map(tuple, slots))})
@@ -95,7 +195,7 @@ def run_with_experts_of_another_plan(rank: int, plan: Plan) -> Result | None:
         feed_forward = replace(last, experts=last_held.experts)
         return [*layers[:-1], replace(layers[-1], feed_forward=feed_forward)]
 
-    with patch.object(measure, "build_layers", swapped_layers):
+    with patch.object(build, "build_layers", swapped_layers):
         return run(rank, plan)
 
 
@@ -148,7 +248,7 @@ def run_with_infinite_output(rank: int, plan: Plan) -> Result | None:
     def overflow(rows_RH: Tensor, weights: object) -> Tensor:
         return torch.full_like(rows_RH, float("inf"))
 
-    with patch.object(model, "mlp", overflow):
+    with patch.object(experts, "mlp", overflow):
         return run(rank, plan)
 
 

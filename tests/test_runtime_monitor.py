@@ -42,6 +42,10 @@ def test_summary() -> None:
         backend_reason="0 visible CUDA GPUs for 4 ranks on this machine",
         device="cpu",
         dtype="float32",
+        dispatcher="alltoall",
+        dispatcher_reason="rows travel without padding",
+        micro_batches=1,
+        micro_batches_reason="asked for",
         seed=0,
         sequences=1,
         sequence_length=4,
@@ -66,6 +70,8 @@ def test_summary() -> None:
     assert "\n".join(summary_lines(result, PLAN)) == (
         "4 ranks, gloo (0 visible CUDA GPUs for 4 ranks on this machine)\n"
         "computed on cpu in float32\n"
+        "dispatcher alltoall (rows travel without padding)\n"
+        "1 micro-batch (asked for)\n"
         "3,200 tokens/s: 16 tokens a step, 5.0 ms (median of 3)\n"
         "mean ms by phase: attention 1.0, experts 3.0\n"
         "verified against the dense model: largest difference 2.4e-07, tolerance 0.00041, "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epplan.planner.plan import Plan
 from epplan.runtime.experts import MlpWeights
-from epplan.runtime.migrate import Experts, Migration
+from epplan.runtime.migrate import Experts, Migration, empty_like
 from epplan.runtime.monitor import Monitor, Window, measure_load
 from epplan.runtime.rebalancing import Rebalancing
 from epplan.runtime.weights import SeededWeights
@@ -45,13 +45,7 @@ class Run:
             new,
             self.rank,
             experts_of=lambda layer: self.experts[layer],
-            empty_expert=lambda: MlpWeights(
-                gate_FH=None
-                if self.empty.gate_FH is None
-                else torch.empty_like(self.empty.gate_FH),
-                up_FH=torch.empty_like(self.empty.up_FH),
-                down_HF=torch.empty_like(self.empty.down_HF),
-            ),
+            empty_expert=lambda: empty_like(self.empty),
             install=self._install,
         )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from epplan.planner.model import RouterSpec
-from epplan.runtime.router import route
+from epplan.runtime.router import route, router_logits
 
 Oracle = Callable[[list[float], list[float]], dict[int, float]]
 
@@ -31,6 +31,18 @@ def mixtral(logits: list[float], bias: list[float]) -> dict[int, float]:
     """Top-2, then softmax over these two."""
     chosen = _best(dict(enumerate(logits)), 2)
     return dict(zip(chosen, _softmax([logits[expert] for expert in chosen]), strict=True))
+
+
+def gpt_oss(logits: list[float], bias: list[float]) -> dict[int, float]:
+    """Top-4 of the logits, then softmax over these four."""
+    chosen = _best(dict(enumerate(logits)), 4)
+    return dict(zip(chosen, _softmax([logits[expert] for expert in chosen]), strict=True))
+
+
+def qwen2(logits: list[float], bias: list[float]) -> dict[int, float]:
+    """Top-4 of the softmax over all, as they are."""
+    scores = _softmax(logits)
+    return {expert: scores[expert] for expert in _best(dict(enumerate(scores)), 4)}
 
 
 def deepseek_v2(logits: list[float], bias: list[float]) -> dict[int, float]:
@@ -58,6 +70,8 @@ def deepseek_v3(logits: list[float], bias: list[float]) -> dict[int, float]:
     [
         (switch, RouterSpec(renormalize=False), 1),
         (mixtral, RouterSpec(), 2),
+        (gpt_oss, RouterSpec(), 4),
+        (qwen2, RouterSpec(renormalize=False), 4),
         (
             deepseek_v2,
             RouterSpec(renormalize=False, scale=16.0, groups=4, topk_groups=2, group_rule="max"),
@@ -80,6 +94,14 @@ def test_family(oracle: Oracle, spec: RouterSpec, top_k: int) -> None:
         actual = dict(zip(experts[token].tolist(), weights[token].tolist(), strict=True))
         expected = oracle(logits[token].tolist(), correction)
         assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_of_half_precision_tokens_are_float32_with_their_bias() -> None:
+    tokens = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
+    router = torch.tensor([[1.0, 1e-4], [3.0, 0.0]])
+    logits = router_logits(tokens, router, torch.tensor([0.5, -1.0]))
+    torch.testing.assert_close(logits, torch.tensor([[1.5002, 2.0]]))
+    assert torch.equal(router_logits(tokens, router, None), logits - torch.tensor([0.5, -1.0]))
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:

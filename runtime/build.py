@@ -1,0 +1,77 @@
+"""Puts a rank's model together: its weights, and the dispatcher and schedule chosen for it."""
+
+from math import ceil
+
+from epplan.planner.plan import Plan
+
+from .alltoall import AllToAll
+from .channel import Channel
+from .clock import PhaseClock
+from .dedup import Deduplicated
+from .dispatch import Dispatcher, DispatcherKind
+from .layers import build_layers
+from .local import Local
+from .model import ExpertParallelModel
+from .options import Options
+from .padded import Padded, capacity_for
+from .schedule import Choice
+from .weights import Weights
+from .wire import Float8Wire, PlainWire, Wire
+
+
+def build_model(
+    plan: Plan, options: Options, choice: Choice, weights: Weights, rank: int
+) -> ExpertParallelModel:
+    """Return the model as `rank` runs it, on the device of its weights."""
+    clock = PhaseClock(weights.device)
+    sequences = ceil(options.sequences / choice.schedule.micro_batches)
+    dispatcher = make_dispatcher(
+        choice.dispatcher,
+        Channel(rank=rank, world_size=plan.world_size, device=weights.device, clock=clock),
+        plan,
+        tokens=sequences * options.positions,
+        capacity_factor=options.capacity_factor,
+        dedup=options.dedup,
+        fp8=options.fp8_dispatch,
+    )
+    layers = build_layers(plan, rank, weights, options.replicas)
+    return ExpertParallelModel(plan.model, layers, dispatcher, choice.schedule, clock)
+
+
+def make_dispatcher(
+    kind: DispatcherKind,
+    channel: Channel,
+    plan: Plan,
+    *,
+    tokens: int,
+    capacity_factor: float,
+    dedup: bool,
+    fp8: bool,
+) -> Dispatcher:
+    """Return the dispatcher.
+
+    Args:
+        kind: which.
+        channel: to travel by.
+        plan: the placement.
+        tokens: of one rank in one micro-batch, at most.
+        capacity_factor: of a padded dispatcher: room over the mean rows of an expert.
+        dedup: whether a token's row goes to a rank once, whatever experts of it are there.
+        fp8: whether rows travel to the experts as 8-bit numbers.
+    """
+    wire: Wire = Float8Wire() if fp8 else PlainWire()
+    slots_per_rank = plan.slots_per_rank
+    match kind:
+        case "local":
+            return Local(channel, slots_per_rank)
+        case "alltoall":
+            return (Deduplicated if dedup else AllToAll)(channel, slots_per_rank, wire)
+        case "padded":
+            model = plan.model
+            return Padded(
+                channel,
+                slots_per_rank,
+                wire,
+                capacity=capacity_for(tokens, model.top_k, model.num_experts, capacity_factor),
+                dropless=AllToAll(channel, slots_per_rank, wire),
+            )

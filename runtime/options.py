@@ -1,0 +1,38 @@
+"""What a rank is asked to run; the same on all ranks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .replicas import ReplicaChoice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The worker's options, as `launcher/worker_options.py` explains them."""
+
+    backend: str
+    sequences: int  # per rank
+    sequence_length: int
+    steps: int
+    seed: int
+    verify: bool
+    timeout: float = 600.0  # seconds
+    dispatcher: str = "auto"
+    micro_batches: int | None = None  # None: chosen
+    replicas: ReplicaChoice = "share"
+    dedup: bool = False
+    fp8_dispatch: bool = False
+    capacity_factor: float = 1.25
+    trace: Path | None = None  # rank 0 writes it
+    checkpoint: Path | None = None
+    prompt_tokens: str | None = None  # ids, separated by commas
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens of every sequence; empty: they are seeded."""
+        return tuple(map(int, self.prompt_tokens.split(","))) if self.prompt_tokens else ()
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a sequence."""
+        return len(self.prompt) or self.sequence_length

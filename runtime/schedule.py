@@ -1,0 +1,193 @@
+"""Which dispatcher and how many micro-batches, from the size of a step; with the reason.
+
+All ranks must choose alike, so only what all know goes in: the plan and the options.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from epplan.errors import InputError
+from epplan.planner.model import DTYPE_BYTES
+from epplan.planner.plan import Plan
+
+from .dispatch import DispatcherKind
+from .options import Options
+from .padded import capacity_for
+from .pipeline import Point, Schedule
+from .replicas import ReplicaChoice, all_local
+
+_IN_FLIGHT = 2  # one computes while the other's rows travel
+_MOST_MICRO_BATCHES = 4  # more shorten the unhidden first and last transfer by little
+# Two halves of 1024 rows take an H200 3 % longer than the whole, two of 256 rows 10 %, and below
+# 128 rows twice as long, because each reads the expert's weights (docs/log.md).
+_ROWS_OF_AN_EXPERT = 512
+# Of padding per rank and direction: a network port carries it in some 80 us, and to read counts on
+# the host costs about that once launches are counted. An estimate, not measured between GPUs.
+_PADDING_BYTES = 4 << 20
+_ACTIVATION_SHARE = 0.5  # of the memory the plan leaves free
+_SKEW = 2.0  # rows of the busiest rank over the mean, for memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One step of one rank."""
+
+    sequences: int
+    positions: int  # of each sequence; 1 is decode
+    device_type: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one rank."""
+        return self.sequences * self.positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What was chosen for the size of a step."""
+
+    dispatcher: DispatcherKind
+    dispatcher_reason: str
+    schedule: Schedule
+
+
+def choose(plan: Plan, options: Options, device: torch.device) -> Choice:
+    """Return dispatcher and schedule for a step of `options`, on a rank's `device`.
+
+    Raises:
+        InputError: what was asked for cannot run this plan.
+    """
+    workload = Workload(
+        sequences=options.sequences,
+        positions=options.positions,
+        device_type=device.type,
+    )
+    dispatcher, reason = choose_dispatcher(
+        options.dispatcher, plan, workload, options.replicas, dedup=options.dedup
+    )
+    return Choice(
+        dispatcher=dispatcher,
+        dispatcher_reason=reason,
+        schedule=choose_schedule(options.micro_batches, plan, workload, dispatcher),
+    )
+
+
+def choose_dispatcher(
+    asked: str, plan: Plan, workload: Workload, replicas: ReplicaChoice, *, dedup: bool
+) -> tuple[DispatcherKind, str]:
+    """Return the dispatcher and why.
+
+    Args:
+        asked: "auto" or a dispatcher.
+        plan: the placement.
+        workload: of a step.
+        replicas: which copies are used.
+        dedup: whether a token's row goes to a rank once; `alltoall` only.
+
+    Raises:
+        InputError: what was asked for cannot run this plan.
+    """
+    local = all_local(plan, replicas)
+    if asked == "local" and not local:
+        raise InputError(
+            "dispatcher local moves no rows, and the plan's experts are spread over "
+            f"{plan.world_size} ranks",
+            hints=[
+                "take --dispatcher auto",
+                "or a plan with every expert on every rank, and --replicas nearest",
+            ],
+        )
+    if dedup and asked in ("padded", "local"):
+        raise InputError(
+            f"--dedup sends a row once to a rank, which dispatcher {asked} cannot do",
+            hints=["take --dispatcher alltoall"],
+        )
+    match asked:
+        case "alltoall" | "padded" | "local":
+            return asked, "asked for"
+    if local:
+        whose = "there is one rank" if plan.world_size == 1 else "every expert is on every rank"
+        return "local", f"{whose}: no rows travel"
+    padding = _padding_bytes(plan, workload)
+    if workload.device_type == "cuda" and not dedup and padding <= _PADDING_BYTES:
+        return "padded", (
+            f"decode size: {padding / 2**20:.1f} MiB of padding cost less than waiting for counts"
+        )
+    return "alltoall", "rows travel without padding"
+
+
+def choose_schedule(
+    asked: int | None, plan: Plan, workload: Workload, dispatcher: DispatcherKind
+) -> Schedule:
+    """Return the schedule; `asked` is the number of micro-batches, None to choose it."""
+    # On a GPU the host queues a transfer and goes on, and what it must not do is wait for counts
+    # with nothing queued: the other micro-batch's attention goes in between. With gloo the
+    # computation itself is what runs between start and end of a transfer.
+    turns: frozenset[Point] = (
+        frozenset({"counted", "returned"})
+        if workload.device_type == "cuda"
+        else frozenset({"sent", "returned"})
+    )
+    number, reason = (
+        (asked, "asked for")
+        if asked is not None
+        else _number_of_micro_batches(plan, workload, dispatcher)
+    )
+    in_flight = min(number, _IN_FLIGHT)
+    return Schedule(micro_batches=number, in_flight=in_flight, turns=turns, reason=reason)
+
+
+def _number_of_micro_batches(
+    plan: Plan, workload: Workload, dispatcher: DispatcherKind
+) -> tuple[int, str]:
+    model = plan.model
+    rows = workload.tokens * plan.world_size * model.top_k / model.num_experts
+    for_memory = _for_memory(plan, workload)
+    if workload.device_type != "cuda":
+        number, reason = 1, "on a CPU transfers and computation share the cores"
+    elif dispatcher == "local":
+        number, reason = 1, "no transfers to hide"
+    elif workload.sequences == 1:
+        number, reason = 1, "a single sequence is not split"
+    elif rows < 2 * _ROWS_OF_AN_EXPERT:
+        number = 1
+        reason = (
+            f"{'decode' if workload.positions == 1 else 'small'} step, {rows:.0f} rows an expert: "
+            "parts would take longer than transfers, each reads the expert's weights"
+        )
+    else:
+        number = min(_MOST_MICRO_BATCHES, int(rows) // _ROWS_OF_AN_EXPERT, workload.sequences)
+        reason = (
+            f"{'decode' if workload.positions == 1 else 'prefill'} step, {rows:.0f} rows an "
+            "expert: one computes under the transfers of another"
+        )
+    if for_memory > number:
+        return for_memory, f"activations of {_IN_FLIGHT} at a time must fit into memory"
+    return number, reason
+
+
+def _padding_bytes(plan: Plan, workload: Workload) -> int:
+    model = plan.model
+    num_slots = plan.world_size * plan.slots_per_rank
+    capacity = capacity_for(workload.tokens, model.top_k, model.num_experts, 1.0)
+    return (num_slots * capacity - workload.tokens * model.top_k) * model.row_bytes
+
+
+def _for_memory(plan: Plan, workload: Workload) -> int:
+    """Return how many micro-batches let two of them fit into what the plan leaves free."""
+    if workload.device_type != "cuda":
+        return 1
+    free = min(
+        0.9 * rank.capacity - rank.experts - rank.replicated - rank.kv_cache for rank in plan.memory
+    )
+    if free <= 0:  # no estimate in the plan
+        return 1
+    model = plan.model
+    hidden, inner = model.hidden_size, (3 if model.gated else 2) * model.expert_ffn_size
+    attention = 4 * model.attention.num_heads * model.attention.head_dim
+    rows = _SKEW * model.top_k * (3 * hidden + inner)
+    token_bytes = DTYPE_BYTES[model.dtype] * (6 * hidden + attention + rows)
+    tokens = int(free * _ACTIVATION_SHARE / token_bytes / _IN_FLIGHT)  # of a micro-batch
+    return ceil(workload.sequences / max(1, tokens // workload.positions))

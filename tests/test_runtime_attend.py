@@ -1,0 +1,69 @@
+"""Scores against loops over heads and positions; the cache against whole sequences."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from epplan.runtime.attend import attend
+from epplan.runtime.kv_cache import KvCache
+
+
+def naive(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    batch, heads, queries, width = query.shape
+    keys = key.shape[2]
+    out = torch.zeros(batch, heads, queries, value.shape[3], dtype=query.dtype)
+    factor = 1 / math.sqrt(width) if scale is None else scale
+    for b in range(batch):
+        for head in range(heads):
+            kv_head = head * key.shape[1] // heads
+            for s in range(queries):
+                position = keys - queries + s
+                first = 0 if window is None else max(0, position - window + 1)
+                seen = range(first, position + 1)
+                scores = [float(query[b, head, s] @ key[b, kv_head, t]) * factor for t in seen]
+                powers = [math.exp(score) for score in scores]
+                total = sum(powers) + (0 if sinks is None else math.exp(float(sinks[head])))
+                for power, t in zip(powers, seen, strict=True):
+                    out[b, head, s] += power / total * value[b, kv_head, t]
+    return out
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 7), (3, 7), (1, 1)])
+@pytest.mark.parametrize(("heads", "scale"), [(2, None), (4, 0.3)])
+def test_attend_equals_loops(
+    heads: int, scale: float | None, queries: int, keys: int, window: int | None, sinks: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, key = random(2, heads, queries, 6), random(2, 2, keys, 6)
+    value, sinks_Q = random(2, 2, keys, 5), random(heads) if sinks else None
+    actual = attend(query, key, value, scale=scale, window=window, sinks_Q=sinks_Q)
+    torch.testing.assert_close(actual, naive(query, key, value, scale, window, sinks_Q))
+
+
+def test_the_cache_returns_all_positions_and_counts_those_of_whole_steps() -> None:
+    cache = KvCache(2)
+    keys, values = torch.randn(3, 2, 9, 4), torch.randn(3, 2, 9, 5)
+    assert cache.length == 0
+    for first, last in [(0, 6), (6, 7), (7, 9)]:
+        step = slice(first, last)
+        for layer in range(2):
+            assert cache.length == first  # the same for all layers of a step
+            got = cache.update(layer, keys[:, :, step] + layer, values[:, :, step])
+            assert torch.equal(got[0], keys[:, :, :last] + layer)
+            assert torch.equal(got[1], values[:, :, :last])
+    assert cache.length == 9

@@ -1,0 +1,76 @@
+"""Checkpoints written by transformers give the same logits here, on 1 and on 16 ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epplan.planner.model import load_model
+from epplan.planner.plan import Plan
+from epplan.runtime.build import build_model
+from epplan.runtime.checkpoint import checkpoint_problems, open_checkpoint
+from epplan.runtime.head import build_head
+from epplan.runtime.kv_cache import KvCache
+from epplan.runtime.options import Options
+from epplan.runtime.schedule import choose
+from tests.checkpoints import CASES, make_model, make_tokens, write_checkpoint
+from tests.fork_ranks import run_ranks
+from tests.runtime_cases import make_plan
+
+CPU = torch.device("cpu")
+SEQUENCES, LENGTH, PREFILL = 16, 13, 9
+MICRO_BATCHES = 2  # with one sequence a rank, one of them is empty
+
+
+def logits_of_rank(rank: int, plan: Plan, folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits of this rank's sequences: all at once, and token by token."""
+    weights = open_checkpoint(folder, plan.model, device=CPU, dtype=torch.float32)
+    assert not checkpoint_problems(weights)
+    options = Options(
+        backend="gloo",
+        sequences=SEQUENCES // plan.world_size,
+        sequence_length=LENGTH,
+        steps=1,
+        seed=0,
+        verify=False,
+        micro_batches=MICRO_BATCHES,
+    )
+    model = build_model(plan, options, choose(plan, options, CPU), weights, rank)
+    head = build_head(weights)
+    own = tokens.chunk(plan.world_size)[rank]
+
+    def run(step: Tensor, caches: list[KvCache] | None) -> Tensor:
+        return head.logits(model.forward(head.embed(step), caches=caches).hidden_BSH)
+
+    caches = [KvCache(plan.model.num_layers) for _ in range(MICRO_BATCHES)]
+    steps = [own[:, :PREFILL], *torch.split(own[:, PREFILL:], 1, dim=1)]
+    return run(own, None), torch.cat([run(step, caches) for step in steps], dim=1)
+
+
+def assert_same_logits(plan: Plan, folder: Path, tokens: Tensor, expected: Tensor) -> None:
+    results: list[tuple[Tensor, Tensor]] = run_ranks(
+        logits_of_rank, plan.world_size, plan, folder, tokens
+    )
+    largest = float(expected.abs().max())
+    for at_once_or_stepwise in zip(*results, strict=True):
+        error = (torch.cat(at_once_or_stepwise) - expected).abs().max()
+        assert float(error) < 1e-5 * largest
+
+
+def reference_logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(tokens).logits
+    return logits.clone()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    reference, tokens = make_model(case), make_tokens(SEQUENCES, LENGTH)
+    folder = write_checkpoint(reference, tmp_path)
+    expected = reference_logits(reference, tokens)
+    spec = load_model(str(folder))
+    assert_same_logits(make_plan(spec, 16), folder, tokens, expected)
+    alone = make_plan(spec, 1, slots_per_rank=spec.num_experts, num_hosts=1)
+    assert_same_logits(alone, folder, tokens, expected)

@@ -1,0 +1,229 @@
+"""Turns of micro-batches, what is chosen for which size, and the trace."""
+
+import json
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from epplan.errors import InputError
+from epplan.planner.model import load_model
+from epplan.planner.plan import Plan, RankMemory
+from epplan.runtime.environment import Setting
+from epplan.runtime.measure import run_rank
+from epplan.runtime.options import Options
+from epplan.runtime.pipeline import Point, Schedule, take_turns
+from epplan.runtime.schedule import Workload, choose_dispatcher, choose_schedule
+from tests.fork_ranks import run_ranks
+from tests.plans import bare_plan
+from tests.runtime_cases import MIXTRAL, REFERENCE, make_plan
+
+POINTS: list[Point] = ["counted", "sent", "returned"]
+
+
+def turns(number: int, in_flight: int, at: set[Point]) -> tuple[list[str], list[int]]:
+    """Return the order in which two layers of `number` micro-batches run, and the outcomes."""
+    log: list[str] = []
+
+    def batch(name: str) -> Generator[Point, None, int]:
+        for layer in "01":
+            for point in POINTS:
+                log.append(name + layer + point[0])
+                yield point
+        log.append(name + "end")
+        return ord(name)
+
+    schedule = Schedule(
+        micro_batches=number, in_flight=in_flight, turns=frozenset(at), reason="test"
+    )
+    return log, take_turns((batch(name) for name in "ABC"[:number]), schedule)
+
+
+def test_alone_is_a_plain_loop() -> None:
+    log, outcomes = turns(1, 1, set(POINTS))
+    assert log == ["A0c", "A0s", "A0r", "A1c", "A1s", "A1r", "Aend"]
+    assert outcomes == [ord("A")]
+
+
+def test_turns_on_a_gpu() -> None:
+    """Counts of one micro-batch are read once the attention of the other is queued."""
+    log, outcomes = turns(2, 2, {"counted", "returned"})
+    assert log == [
+        *["A0c", "B0c", "A0s", "A0r", "B0s", "B0r"],
+        *["A1c", "B1c", "A1s", "A1r", "B1s", "B1r", "Aend", "Bend"],
+    ]
+    assert outcomes == [ord("A"), ord("B")]
+
+
+def test_turns_with_gloo() -> None:
+    """Rows of one micro-batch travel while the other computes."""
+    log, _ = turns(2, 2, {"sent", "returned"})
+    assert log == [
+        *["A0c", "A0s", "B0c", "B0s", "A0r", "B0r"],
+        *["A1c", "A1s", "B1c", "B1s", "A1r", "B1r", "Aend", "Bend"],
+    ]
+
+
+def test_the_next_begins_when_one_ends() -> None:
+    log, outcomes = turns(3, 2, {"returned"})
+    assert [entry for entry in log if entry[1] == "e" or entry[2] == "c"] == [
+        *["A0c", "B0c", "A1c", "B1c", "Aend", "Bend", "C0c", "C1c", "Cend"],
+    ]
+    assert outcomes == [ord(name) for name in "ABC"]
+
+
+OPTIONS = Options(
+    backend="gloo",
+    sequences=2,
+    sequence_length=48,
+    steps=1,
+    seed=0,
+    verify=True,
+    dispatcher="alltoall",
+    micro_batches=2,
+)
+SETTING = Setting(
+    backend="gloo",
+    backend_reason="test",
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    notes=(),
+)
+
+
+def run(rank: int, plan: Plan, options: Options) -> object:
+    return run_rank(plan, options, SETTING, rank)
+
+
+def events_of(trace: dict[str, Any], rank: int) -> list[dict[str, Any]]:
+    return [event for event in trace["traceEvents"] if (event["pid"], event["ph"]) == (rank, "X")]
+
+
+def find(events: list[dict[str, Any]], name: str, layer: int, **where: int) -> dict[str, Any]:
+    place = {"layer": layer, "micro_batch": where["batch"]}
+    found = [event for event in events if event["cat"] == name and event["args"] == place]
+    return [event for event in found if event["tid"] == where["tid"]][-1]
+
+
+def test_trace_shows_attention_under_transfers(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    plan = make_plan(REFERENCE, 16)
+    run_ranks(run, 16, plan, replace(OPTIONS, trace=path))
+    trace = json.loads(path.read_text())
+    names = {
+        (event["pid"], event.get("tid")): event["args"]["name"]
+        for event in trace["traceEvents"]
+        if event["name"] in ("process_name", "thread_name")
+    }
+    for rank in range(16):
+        assert names[rank, None] == f"rank {rank}: {plan.ranks[rank].host}, GPU {rank}"
+        assert (names[rank, 0], names[rank, 1]) == ("compute", "communication")
+        events = events_of(trace, rank)
+        for layer in range(4):
+            # Order by what was begun and ended when, never by how long it took.
+            sent = find(events, "dispatch", layer, batch=0, tid=1)
+            attention = find(events, "attention", layer, batch=1, tid=0)
+            taken = find(events, "dispatch", layer, batch=0, tid=0)
+            end = attention["ts"] + attention["dur"]
+            assert sent["ts"] <= attention["ts"] <= end <= taken["ts"] + taken["dur"]
+            experts = find(events, "experts", layer, batch=0, tid=0)
+            other = find(events, "dispatch", layer, batch=1, tid=1)
+            assert other["ts"] <= experts["ts"] + experts["dur"]
+            if layer < 3:
+                back = find(events, "combine", layer, batch=1, tid=1)
+                following = find(events, "attention", layer + 1, batch=0, tid=0)
+                assert back["ts"] <= following["ts"] + following["dur"]
+
+
+def reference_plan(*, free_gib: float = 60) -> Plan:
+    spec = load_model("reference")
+    plan = bare_plan(
+        spec,
+        [("a" if rank < 8 else "b", rank % 8) for rank in range(16)],
+        [list(range(16))] * spec.num_moe_layers,
+    )
+    memory = tuple(
+        RankMemory(
+            rank=rank,
+            experts=4 << 30,
+            replicated=2 << 30,
+            kv_cache=1 << 30,
+            buffers=0,
+            capacity=int((free_gib + 7) / 0.9 * 2**30),
+        )
+        for rank in range(16)
+    )
+    return plan.model_copy(update={"memory": memory})
+
+
+def workload(sequences: int, positions: int, device_type: str = "cuda") -> Workload:
+    return Workload(sequences=sequences, positions=positions, device_type=device_type)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "positions", "number", "reason"),
+    [
+        (64, 1, 1, "decode step, 64 rows an expert: parts would take longer than transfers"),
+        (2048, 1, 4, "decode step, 2048 rows an expert: one computes under the transfers"),
+        (4, 400, 3, "prefill step, 1600 rows an expert: one computes under the transfers"),
+        (2, 4000, 2, "prefill step, 8000 rows an expert: one computes under the transfers"),
+        (1, 10_000, 1, "a single sequence is not split"),
+        (64, 10_000, 64, "activations of 2 at a time must fit into memory"),
+    ],
+)
+def test_micro_batches_by_size(sequences: int, positions: int, number: int, reason: str) -> None:
+    plan = reference_plan(free_gib=20)
+    schedule = choose_schedule(None, plan, workload(sequences, positions), "alltoall")
+    assert schedule.micro_batches == number
+    assert schedule.reason.startswith(reason)
+    assert schedule.in_flight == min(2, number)
+    assert schedule.turns == {"counted", "returned"}
+
+
+def test_micro_batches_elsewhere() -> None:
+    plan = reference_plan()
+    cpu = choose_schedule(None, plan, workload(64, 10_000, "cpu"), "alltoall")
+    assert cpu.micro_batches == 1
+    assert cpu.turns == {"sent", "returned"}
+    assert cpu.reason == "on a CPU transfers and computation share the cores"
+    local = choose_schedule(None, plan, workload(4, 1000), "local")
+    assert (local.micro_batches, local.reason) == (1, "no transfers to hide")
+    asked = choose_schedule(3, plan, workload(1, 1), "alltoall")
+    assert (asked.micro_batches, asked.in_flight, asked.reason) == (3, 2, "asked for")
+
+
+def test_dispatchers_by_size() -> None:
+    plan = reference_plan()
+
+    def chosen(size: Workload, **options: bool) -> tuple[str, str]:
+        dedup = options.get("dedup", False)
+        return choose_dispatcher("auto", plan, size, "share", dedup=dedup)
+
+    assert chosen(workload(16, 1)) == (
+        "padded",
+        "decode size: 1.5 MiB of padding cost less than waiting for counts",
+    )
+    assert chosen(workload(16, 1), dedup=True)[0] == "alltoall"
+    assert chosen(workload(16, 1, "cpu"))[0] == "alltoall"
+    assert chosen(workload(16, 1000)) == ("alltoall", "rows travel without padding")
+
+
+def test_dispatchers_that_cannot_run_the_plan() -> None:
+    plan = make_plan(MIXTRAL, 8)
+    with pytest.raises(InputError) as local:
+        choose_dispatcher("local", plan, workload(1, 1), "share", dedup=False)
+    assert str(local.value) == (
+        "dispatcher local moves no rows, and the plan's experts are spread over 8 ranks\n"
+        "remedies:\n"
+        "  1. take --dispatcher auto\n"
+        "  2. or a plan with every expert on every rank, and --replicas nearest"
+    )
+    with pytest.raises(InputError) as padded:
+        choose_dispatcher("padded", plan, workload(1, 1), "share", dedup=True)
+    assert str(padded.value) == (
+        "--dedup sends a row once to a rank, which dispatcher padded cannot do\n"
+        "hint: take --dispatcher alltoall"
+    )
