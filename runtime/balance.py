@@ -10,7 +10,8 @@ for even ranks. (Placing, replicating and moving experts change no output: `migr
   more rows than its even share times a factor; the rows with the lowest weights are dropped, and
   of a token without any row only the residual goes on.
 
-Shapes: T tokens of this rank, K experts per token, E experts, H hidden size, M rows kept.
+Shapes: T tokens of this rank, K experts per token, N = T x K rows, E experts, H hidden size, M rows
+kept.
 """
 
 import math
@@ -61,32 +62,67 @@ def capacity(tokens: int, top_k: int, experts: int, factor: float) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """The rows within the capacity: what to dispatch in place of a token's K experts.
+class Outgoing:
+    """What a rank sends to experts, as dispatch takes it: tokens with their experts.
 
-    Dispatch takes them as tokens with one expert each: `x_TH[token_M]`, `experts_M1`, and combines
-    with `weights_M1`; `home` brings the result back to tokens.
+    All T tokens with K experts each; or, within a capacity, each row that is kept as a token of its
+    own with one expert.
     """
 
-    token_M: Tensor
-    experts_M1: Tensor
-    weights_M1: Tensor
-    row_M: Tensor  # t * K + k
+    x_MH: Tensor
+    experts_MK: Tensor
+    weights_MK: Tensor
+    row_M: Tensor | None = None  # t * K + k, of rows that are kept; None: all tokens
+    tokens: int
     top_k: int
 
-    def home(self, out_MH: Tensor, tokens: int) -> Tensor:
+    def home(self, out_MH: Tensor) -> Tensor:
         """Return out_TH, summed from a token's first choice to its last; dropped rows add 0."""
-        out_NH = out_MH.new_zeros(tokens * self.top_k, out_MH.shape[1])
-        out_NH.index_copy_(0, self.row_M, out_MH)
-        return out_NH.view(tokens, self.top_k, -1).sum(1)
+        if self.row_M is None:
+            return out_MH
+        out_NH = out_MH.new_zeros(self.tokens * self.top_k, out_MH.shape[1])
+        out_NH = out_NH.index_copy(0, self.row_M, out_MH)
+        return out_NH.view(self.tokens, self.top_k, -1).sum(1)
 
 
-def keep_within(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, limit: int) -> Kept:
-    """Return the rows to send when no expert takes more than `limit` rows of this rank.
+def limited(
+    x_TH: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    num_experts: int,
+    factor: float | None,
+) -> Outgoing:
+    """Return what to send; with a capacity factor no more than that of any expert's rows.
+
+    Args:
+        x_TH: hidden states of this rank.
+        experts_TK: the router's choice.
+        weights_TK: of the experts' outputs.
+        num_experts: E.
+        factor: of the capacity; None: everything.
+    """
+    tokens, top_k = experts_TK.shape
+    if factor is None:
+        return Outgoing(
+            x_MH=x_TH, experts_MK=experts_TK, weights_MK=weights_TK, tokens=tokens, top_k=top_k
+        )
+    limit = capacity(tokens, top_k, num_experts, factor)
+    row_M = rows_within(experts_TK, weights_TK, num_experts, limit)
+    return Outgoing(
+        x_MH=x_TH[row_M // top_k],
+        experts_MK=experts_TK.flatten()[row_M, None],
+        weights_MK=weights_TK.flatten()[row_M, None],
+        row_M=row_M,
+        tokens=tokens,
+        top_k=top_k,
+    )
+
+
+def rows_within(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, limit: int) -> Tensor:
+    """Return the rows t * K + k to send when no expert takes more than `limit` of this rank's.
 
     Of an expert's rows those with the highest weights stay, of equal ones the earliest.
     """
-    top_k = experts_TK.shape[1]
     expert_N, weight_N = experts_TK.flatten(), weights_TK.flatten()
     falling_N = weight_N.argsort(descending=True, stable=True)
     order_N = falling_N[expert_N[falling_N].argsort(stable=True)]  # by expert, then by weight
@@ -94,11 +130,5 @@ def keep_within(experts_TK: Tensor, weights_TK: Tensor, num_experts: int, limit:
     rows_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))
     first_E = rows_E.cumsum(0) - rows_E
     place_N = torch.arange(len(order_N), device=order_N.device) - first_E[expert_N[order_N]]
-    row_M = order_N[place_N < limit].sort().values
-    return Kept(
-        token_M=row_M // top_k,
-        experts_M1=expert_N[row_M, None],
-        weights_M1=weight_N[row_M, None],
-        row_M=row_M,
-        top_k=top_k,
-    )
+    kept_M: Tensor = order_N[place_N < limit].sort().values
+    return kept_M

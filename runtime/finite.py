@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from epplan.errors import EpplanError
+from epplan.errors import EpplanError, PeerError
 from epplan.planner.plan import Plan
 
 _NOWHERE = torch.iinfo(torch.int64).max
@@ -59,7 +59,8 @@ class FiniteCheck:
             gather: returns this tensor of all ranks, [W, n] from [n], on the CPU.
 
         Raises:
-            EpplanError: the earliest place that is not finite, the same on all ranks.
+            EpplanError: names the earliest place that is not finite, on the rank it is on.
+            PeerError: says the same on all others.
         """
         own = self._first_bad()
         device = self._noted[0][2].device if self._noted else torch.device("cpu")
@@ -68,15 +69,17 @@ class FiniteCheck:
         if place == _NOWHERE:
             return
         rank = int(places_W.argmin())
+        # The others stop because of that one.
+        kind = EpplanError if rank == self._rank else PeerError
         layer, slot = divmod(place, self._slots_per_rank + 1)
         if not slot:
-            raise EpplanError(
+            raise kind(
                 f"rank {rank}: hidden states after attention of layer {layer} are not finite",
                 hints=["its weights or the inputs hold NaN or infinity, or overflow the dtype"],
             )
         ordinal = plan.model.moe_layers.index(layer)
         expert = plan.expert_of_slot[ordinal][rank * self._slots_per_rank + slot - 1]
-        raise EpplanError(
+        raise kind(
             f"rank {rank}: outputs of expert {expert} of layer {layer} are not finite",
             hints=["its weights hold NaN or infinity, or its rows overflow the dtype"],
         )

@@ -26,7 +26,7 @@ class Progress:
     """Totals of a run so far that are not in the counts."""
 
     tokens: int  # of all ranks
-    dropped_rows: int  # of rank 0, beyond the capacity
+    dropped_rows: int  # beyond the capacity
     rebalances: int  # slot tables put into use
     moved_experts: int
     moved_bytes: int
@@ -91,7 +91,7 @@ class Metrics:
         self._moved_experts = counter("moved_experts", "Experts moved while running.")
         self._moved_bytes = counter("moved_bytes", "Bytes of experts moved while running.")
         self._to_move = gauge("layers_to_move", "Layers of the rebalance under way.")
-        self._dropped = counter("dropped_rows", "Rows of rank 0 dropped beyond the capacity.")
+        self._dropped = counter("dropped_rows", "Rows dropped beyond the capacity.")
 
     def update(self, window: Window, progress: Progress) -> None:
         """Take over a window.

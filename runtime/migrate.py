@@ -137,7 +137,7 @@ class Migration:
 
     def between_layers(self) -> None:
         """Send and receive the next chunk; the last one has had a layer's time to arrive."""
-        self._finish_round()
+        self.settle()
         if self._rounds:
             self._start_round(self._rounds.pop(0))
 
@@ -148,7 +148,7 @@ class Migration:
             EpplanError: an expert arrived damaged.
         """
         if self._layers and not self._rounds:
-            self._finish_round()
+            self.settle()
             self._commit()
         return not self._layers
 
@@ -189,7 +189,8 @@ class Migration:
         if operations:
             self._under_way = dist.batch_isend_irecv(operations)
 
-    def _finish_round(self) -> None:
+    def settle(self) -> None:
+        """Wait for the chunks under way."""
         for work in self._under_way:
             work.wait()
         self._under_way = []

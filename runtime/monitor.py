@@ -114,6 +114,11 @@ class Monitor:
     _sums: _Sums | None = None
     _reference_LE: Tensor | None = None
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there was a step since the last window."""
+        return self._steps > 0
+
     def after_step(self, plan: Plan, counts_LWWP: Tensor, seconds: float) -> bool:
         """Add a step, and return whether it completes a window.
 
@@ -148,9 +153,15 @@ class Monitor:
         self._sums, self._steps, self._seconds = None, 0, 0.0
         return window, sums.experts_LWE
 
-    def compare_with(self, counts_LWE: Tensor) -> None:
-        """Measure drift from this mix on: the one the present slot table was made for."""
-        self._reference_LE = counts_LWE.sum(1)
+    def compare_with(self, counts_LWE: Tensor, *, only_first: bool = False) -> None:
+        """Measure drift from this mix on: the one the present slot table was made for.
+
+        Args:
+            counts_LWE: its counts.
+            only_first: not if there is a mix to compare with already.
+        """
+        if self._reference_LE is None or not only_first:
+            self._reference_LE = counts_LWE.sum(1)
 
 
 def _sums(plan: Plan, counts_LWWP: Tensor) -> _Sums:

@@ -26,6 +26,12 @@ class Options:
     trace: Path | None = None  # rank 0 writes it
     checkpoint: Path | None = None
     prompt_tokens: str | None = None  # ids, separated by commas
+    window: int = 10  # steps
+    metrics: Path | None = None  # rank 0 writes it
+    metrics_port: int | None = None  # rank 0 listens there
+    rebalance_drift: float | None = None  # None: experts stay where they are
+    gating_bias: float | None = None  # changes outputs
+    drop_beyond: float | None = None  # changes outputs
 
     @property
     def prompt(self) -> tuple[int, ...]:

@@ -70,6 +70,11 @@ class Rebalancing:
         if self._migration is not None:
             self._migration.between_layers()
 
+    def settle(self) -> None:
+        """Wait for what travels; nothing further will."""
+        if self._migration is not None:
+            self._migration.settle()
+
     def between_steps(self) -> None:
         """Put the next layer's table into use, if its experts are here."""
         if self._migration is not None and self._migration.between_steps():

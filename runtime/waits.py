@@ -5,68 +5,28 @@ transfer alone, every other one its wait on top, so that
 
     wait of a rank = its seconds in the all-to-all - the fewest seconds of any rank in it
 
-without comparing clocks of different machines. A rank that never waits is the straggler.
+without comparing clocks of different machines. A rank that never waits is the straggler. The
+seconds are those of the phases "dispatch" and "combine" of the step's clock: what the computation
+waited, by device events on a GPU and by wall clock on a CPU.
 
-Shapes: C all-to-alls in the order of the run, W ranks.
+Shapes: C all-to-alls in the order of their names, W ranks.
 """
 
-import time
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .clock import Span
+
 STAGES = ("dispatch", "combine")
 _MIN_OFTEN = 0.5  # a straggler is last this often at least, and this much more often than by chance
 _MIN_OVER_CHANCE = 1.5
 
-_Stamp = float | torch.Event
-
-
-class WaitClock:
-    """Stamps around every all-to-all of this rank.
-
-    On a GPU the stamps are events on the current stream, so that the seconds are the device's;
-    reading them is the only wait. On the CPU, where gloo's collectives block, they are wall clock.
-
-    Args:
-        device: where the rank computes.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stamps: list[tuple[int, str, _Stamp, _Stamp]] = []
-
-    def ready(self) -> _Stamp:
-        """Return the stamp of having nothing left to do but to wait."""
-        return self._now()
-
-    def done(self, ready: _Stamp, ordinal: int, stage: str) -> None:
-        """Note that what was waited for since `ready` has come.
-
-        Args:
-            ready: stamp of the local end of work.
-            ordinal: of the MoE layer.
-            stage: one of `STAGES`.
-        """
-        self._stamps.append((ordinal, stage, ready, self._now()))
-
-    def take(self) -> tuple[list[tuple[int, str]], Tensor]:
-        """Return layer and stage of each all-to-all since the last call, and seconds_C."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        stamps, self._stamps = self._stamps, []
-        seconds = [_between(ready, done) for _, _, ready, done in stamps]
-        keys = [(ordinal, stage) for ordinal, stage, _, _ in stamps]
-        return keys, torch.tensor(seconds, dtype=torch.float64)
-
-    def _now(self) -> _Stamp:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.Event(device=self._device, enable_timing=True)
-        event.record()
-        return event
+Key = tuple[int, int, int, str]  # step, micro-batch, layer (absolute), stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,33 +38,55 @@ class Waits:
     straggler: int | None
 
 
-def gather_waits(clock: WaitClock, num_layers: int, world_size: int) -> Waits:
-    """Return the waits of all ranks since the last call; a collective.
+class WaitLog:
+    """This rank's seconds in the all-to-alls of a window.
 
     Args:
-        clock: this rank's stamps; all ranks have run the same all-to-alls.
-        num_layers: number of MoE layers.
+        layers: the MoE layers, absolute.
         world_size: number of ranks.
     """
-    keys, seconds_C = clock.take()
-    gathered: list[list[float]] = [[]] * world_size
-    dist.all_gather_object(gathered, seconds_C.tolist())
-    return find_waits(keys, torch.tensor(gathered, dtype=torch.float64).T, num_layers)
+
+    def __init__(self, layers: tuple[int, ...], world_size: int) -> None:
+        self._layers, self._world_size = layers, world_size
+        self._seconds: dict[Key, float] = defaultdict(float)
+        self._steps = 0
+
+    def after_step(self, spans: Iterable[Span]) -> None:
+        """Add what the step's clock has seen."""
+        for span in spans:
+            if span.track == "compute" and span.name in STAGES:
+                key = (self._steps, span.place.micro_batch, span.place.layer, span.name)
+                self._seconds[key] += span.end_s - span.begin_s
+        self._steps += 1
+
+    def gather(self) -> Waits:
+        """Return the waits of all ranks, and begin anew; a collective.
+
+        All ranks have run the same all-to-alls.
+        """
+        keys = sorted(self._seconds)
+        own = [self._seconds[key] for key in keys]
+        self._seconds.clear()
+        self._steps = 0
+        gathered: list[list[float]] = [[]] * self._world_size
+        dist.all_gather_object(gathered, own)
+        seconds_CW = torch.tensor(gathered, dtype=torch.float64).T
+        return find_waits(keys, seconds_CW, self._layers)
 
 
-def find_waits(keys: list[tuple[int, str]], seconds_CW: Tensor, num_layers: int) -> Waits:
+def find_waits(keys: list[Key], seconds_CW: Tensor, layers: tuple[int, ...]) -> Waits:
     """Return who waited where.
 
     Args:
-        keys: MoE layer (ordinal) and stage of each all-to-all, [C].
+        keys: which all-to-all each is, [C].
         seconds_CW: time of each rank in it.
-        num_layers: number of MoE layers.
+        layers: the MoE layers, absolute.
     """
     num_ranks = seconds_CW.shape[1]
     wait_CW = seconds_CW - seconds_CW.amin(1, keepdim=True)
-    sums = {stage: torch.zeros(num_layers, num_ranks, dtype=torch.float64) for stage in STAGES}
-    for (ordinal, stage), wait_W in zip(keys, wait_CW, strict=True):
-        sums[stage][ordinal] += wait_W
+    sums = {stage: torch.zeros(len(layers), num_ranks, dtype=torch.float64) for stage in STAGES}
+    for (_, _, layer, stage), wait_W in zip(keys, wait_CW, strict=True):
+        sums[stage][layers.index(layer)] += wait_W
     last_W = torch.bincount(seconds_CW.argmin(1), minlength=num_ranks).double()
     share_W = last_W / max(1, len(keys))
     worst = int(share_W.argmax())
@@ -114,11 +96,3 @@ def find_waits(keys: list[tuple[int, str]], seconds_CW: Tensor, num_layers: int)
         last_share=share_W.tolist(),
         straggler=worst if keys and share_W[worst] > often else None,
     )
-
-
-def _between(begin: _Stamp, end: _Stamp) -> float:
-    if isinstance(begin, torch.Event) and isinstance(end, torch.Event):
-        return begin.elapsed_time(end) / 1e3
-    assert isinstance(begin, float)
-    assert isinstance(end, float)
-    return end - begin

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.planner.model import RouterSpec
-from epplan.runtime.balance import OutputChanges, capacity, keep_within, updated_bias
+from epplan.runtime.balance import (
+    OutputChanges,
+    capacity,
+    limited,
+    rows_within,
+    updated_bias,
+)
 from epplan.runtime.router import route
 
 
@@ -80,22 +86,23 @@ def test_an_expert_keeps_its_heaviest_rows(
     ):
         rows[expert].append((-weight, row))
     expected = sorted(row for own in rows.values() for _, row in sorted(own)[:limit])
-    kept = keep_within(experts_TK, weights_TK, num_experts, limit)
-    assert kept.row_M.tolist() == expected
-    assert kept.token_M.tolist() == [row // experts_TK.shape[1] for row in expected]
-    assert kept.experts_M1.flatten().tolist() == experts_TK.flatten()[kept.row_M].tolist()
-    assert kept.weights_M1.flatten().tolist() == weights_TK.flatten()[kept.row_M].tolist()
+    assert rows_within(experts_TK, weights_TK, num_experts, limit).tolist() == expected
 
 
 def test_dropped_rows_add_nothing() -> None:
     experts_TK = torch.tensor([[0, 1], [0, 1], [0, 2]])
     weights_TK = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
-    kept = keep_within(experts_TK, weights_TK, 3, 1)
-    assert kept.row_M.tolist() == [0, 3, 5]
-    out_TH = kept.home(torch.tensor([[1.0, 1], [2, 2], [3, 3]]), 3)
-    assert out_TH.tolist() == [[1, 1], [2, 2], [3, 3]]
-    both = keep_within(experts_TK, weights_TK, 3, 2)
-    assert both.home(torch.ones(5, 1), 3).flatten().tolist() == [2, 2, 1]
+    x_TH = torch.tensor([[1.0], [2], [3]])
+    sent = limited(x_TH, experts_TK, weights_TK, 3, 0.5)  # 3 x 2 / 3 x 0.5: one row an expert
+    assert sent.x_MH.tolist() == [[1.0], [2], [3]]
+    assert sent.experts_MK.tolist() == [[0], [1], [2]]
+    assert sent.weights_MK.flatten().tolist() == pytest.approx([0.9, 0.2, 0.6])
+    assert sent.home(torch.tensor([[1.0, 1], [2, 2], [3, 3]])).tolist() == [[1, 1], [2, 2], [3, 3]]
+    two = limited(x_TH, experts_TK, weights_TK, 3, 1.0)
+    assert two.home(torch.ones(5, 1)).flatten().tolist() == [2, 2, 1]
+    everything = limited(x_TH, experts_TK, weights_TK, 3, None)
+    assert everything.x_MH is x_TH
+    assert everything.home(x_TH) is x_TH
 
 
 def test_what_changes_outputs_is_said() -> None:

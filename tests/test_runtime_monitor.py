@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from epplan.planner.model import ModelSpec
+from epplan.runtime.clock import PhaseClock, Place
 from epplan.runtime.monitor import Monitor, drift, measure_load
 from epplan.runtime.result import PhaseTime, Result, summary_lines
-from epplan.runtime.waits import STAGES, WaitClock, Waits, find_waits, gather_waits
+from epplan.runtime.waits import STAGES, Key, WaitLog, Waits, find_waits
 from tests.fork_ranks import run_ranks
 from tests.plans import bare_plan
 from tests.runtime_cases import REFERENCE, make_plan
@@ -136,11 +137,11 @@ def test_drift_is_unknown_until_there_is_something_to_compare_with() -> None:
 
 
 SECONDS_CW = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.4, 0.9], [0.7, 0.2, 0.2]])
-KEYS = [(0, "dispatch"), (1, "dispatch"), (0, "combine")]
+KEYS: list[Key] = [(0, 0, 3, "dispatch"), (0, 0, 5, "dispatch"), (0, 0, 3, "combine")]
 
 
 def test_waits_are_what_exceeds_the_rank_that_came_last() -> None:
-    waits = find_waits(KEYS, SECONDS_CW, 2)
+    waits = find_waits(KEYS, SECONDS_CW, (3, 5))
     assert waits.seconds["dispatch"][0] == pytest.approx([0, 0.4, 0.2])
     assert waits.seconds["dispatch"][1] == pytest.approx([0, 0.2, 0.7])
     assert waits.seconds["combine"][0] == pytest.approx([0.5, 0, 0])
@@ -151,22 +152,26 @@ def test_waits_are_what_exceeds_the_rank_that_came_last() -> None:
 
 def test_no_straggler_among_equals() -> None:
     seconds_CW = torch.eye(4).repeat(3, 1).double()
-    waits = find_waits([(0, "dispatch")] * 12, 1 - seconds_CW, 1)
+    waits = find_waits([(0, 0, 0, "dispatch")] * 12, 1 - seconds_CW, (0,))
     assert waits.last_share == [0.25] * 4
     assert waits.straggler is None
-    assert find_waits([], torch.zeros(0, 4), 1).straggler is None
+    assert find_waits([], torch.zeros(0, 4), (0,)).straggler is None
 
 
 def late(rank: int, straggler: int) -> Waits:
-    clock = WaitClock(torch.device("cpu"))
+    clock, log = PhaseClock(torch.device("cpu")), WaitLog((1,), 4)
     for _ in range(3):
-        for ordinal, stage in ((0, "dispatch"), (0, "combine")):
-            if rank == straggler:
-                time.sleep(0.02)
-            ready = clock.ready()
-            dist.all_reduce(torch.ones(1))
-            clock.done(ready, ordinal, stage)
-    return gather_waits(clock, 1, 4)
+        clock.start()
+        for micro_batch in range(2):
+            place = Place(1, micro_batch)
+            for stage in STAGES:
+                if rank == straggler:
+                    time.sleep(0.02)
+                clock.mark("experts", place)
+                dist.all_reduce(torch.ones(1))
+                clock.mark(stage, place)
+        log.after_step(clock.spans())
+    return log.gather()
 
 
 def test_the_rank_that_never_waits_is_the_straggler() -> None:
@@ -175,4 +180,4 @@ def test_the_rank_that_never_waits_is_the_straggler() -> None:
         for stage in STAGES:
             waited = waits.seconds[stage][0]
             assert waited[2] == min(waited)
-            assert all(waited[rank] > 3 * 0.01 for rank in (0, 1, 3))
+            assert all(waited[rank] > 3 * 2 * 0.01 for rank in (0, 1, 3))
