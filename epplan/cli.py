@@ -15,6 +15,7 @@ _COMMANDS = {
     "topo": "epplan.commands.topo:topo",
     "solve": "epplan.commands.solve:solve",
     "explain": "epplan.commands.explain:explain",
+    "rebalance": "epplan.commands.rebalance:rebalance",
     "launch": "epplan.commands.launch:launch",
     "bench": "epplan.commands.bench:bench",
 }
@@ -52,7 +53,7 @@ def cli() -> None:
     \b
     Exit codes: 0 ok, 1 internal error, 2 usage or invalid input, 3 infeasible,
     4 limit hit with a feasible plan written, 5 limit hit without one, 6 findings,
-    130 interrupted.
+    7 a rank hangs, 130 interrupted.
     """
 
 

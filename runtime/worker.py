@@ -8,9 +8,6 @@ and fork the ranks.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,6 @@ from epplan.launcher.worker_options import worker_options
 from epplan.planner.plan import Plan, read_plan
 
 from .environment import (
-    RankEnvironment,
-    Setting,
     choose_setting,
     num_local_ranks,
     num_threads,
@@ -33,11 +28,10 @@ from .environment import (
 )
 from .measure import run_rank
 from .options import Options
+from .process_group import process_group
 from .result import Result, result_text, summary_lines
 
 _PROGRAM = "python -m epplan.runtime.worker"
-# The slowest rank may still build its weights while the others wait in their first collective.
-_TIMEOUT = timedelta(minutes=10)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -75,28 +69,11 @@ def _run(path: Path, options: Options, result_path: Path | None) -> None:
     setting = choose_setting(options.backend, plan.model, environment.local_rank, local_ranks)
     if setting.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads(local_ranks))
-    with _process_group(environment, setting):
+    with process_group(environment, setting, options.timeout) as watchdog:
         _check_agreement(plan, options)
-        result = run_rank(plan, options, setting, environment.rank)
+        result = run_rank(plan, options, setting, environment.rank, watchdog)
     if result is not None:
         _report(result, plan, result_path)
-
-
-@contextmanager
-def _process_group(environment: RankEnvironment, setting: Setting) -> Iterator[None]:
-    device = setting.device if setting.device.type == "cuda" else None
-    if device is not None:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        setting.backend,
-        rank=environment.rank,
-        world_size=environment.world_size,
-        timeout=_TIMEOUT,
-        device_id=device,
-    )
-    yield
-    # Not after an error: others may still be waiting for this rank, and NCCL would wait for them.
-    dist.destroy_process_group()
 
 
 def _check_agreement(plan: Plan, options: Options) -> None:
