@@ -44,6 +44,17 @@ _OPTIONS = (
         show_default=True,
         help="Compare with the dense model, on rank 0.",
     ),
+    click.option(
+        "--identity/--no-identity",
+        default=None,
+        help="Stop unless every rank is on its planned host and GPU. [default: identity, except "
+        "with --to local and a plan of other hosts]",
+    ),
+    click.option(
+        "--host-map",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Renamed hosts: YAML lines `planned: real`.",
+    ),
 )
 
 

@@ -7,14 +7,19 @@ comes with the reason for it.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from epplan.errors import InputError
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
 
 REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMA_NODES = Path("/sys/devices/system/node")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +129,45 @@ def choose_setting(backend: str, model: ModelSpec, local_rank: int, local_ranks:
 def num_threads(local_ranks: int) -> int:
     """Return the CPU threads of one rank, so that the ranks of a machine share its cores."""
     return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
+def meet(environment: RankEnvironment, timeout: timedelta) -> Store:
+    """Return the store in which all ranks meet; torch would make the same one.
+
+    It is there before the process group, so that ranks can talk before NCCL is asked for anything.
+    """
+    ranks = (environment.rank, environment.world_size)
+    store: Store = next(rendezvous("env://", *ranks, timeout=timeout))[0]
+    return store
+
+
+def bind_cpus(numa: int | None, nodes: Path = NUMA_NODES) -> None:
+    """Keep this process, and all threads it starts from now on, near its GPU.
+
+    Memory follows: Linux takes it from the node of the CPU that first writes to it.
+
+    Args:
+        numa: the GPU's NUMA node; None where the plan does not know.
+        nodes: the kernel's folder of NUMA nodes.
+    """
+    try:
+        text = (nodes / f"node{numa}/cpulist").read_text()
+    except OSError:  # no such node: a virtual machine or container that hides them
+        return
+    # A scheduler may have given other CPUs; then its choice stands.
+    cpus = _cpu_numbers(text) & os.sched_getaffinity(0)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+
+
+def _cpu_numbers(text: str) -> set[int]:
+    """Return the CPUs in a list such as `0-3,8`."""
+    numbers: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 def _cpu_notes(model: ModelSpec) -> tuple[str, ...]:

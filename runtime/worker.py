@@ -17,6 +17,7 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from epplan.errors import EpplanError, InputError
 from epplan.files import write_atomically
@@ -26,11 +27,14 @@ from epplan.planner.plan import Plan, read_plan
 from .environment import (
     RankEnvironment,
     Setting,
+    bind_cpus,
     choose_setting,
+    meet,
     num_local_ranks,
     num_threads,
     read_environment,
 )
+from .identity import check_identity, this_host
 from .measure import Options, run_rank
 from .result import Result, result_text, summary_lines
 
@@ -50,16 +54,28 @@ def main(args: list[str] | None = None) -> None:
 @click.option(
     "--result", type=click.Path(path_type=Path), help="File for rank 0's result, as JSON."
 )
-def command(plan: Path, result: Path | None, **options: Any) -> None:
+def command(
+    plan: Path,
+    result: Path | None,
+    identity: bool | None,
+    host_map: Path | None,
+    **options: Any,
+) -> None:
     """Run one rank of PLAN, with torchrun's variables in the environment."""
     try:
-        _run(plan, Options(**options), result)
+        _run(plan, Options(**options), result, identity is not False, host_map)
     except EpplanError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
 
 
-def _run(path: Path, options: Options, result_path: Path | None) -> None:
+def _run(
+    path: Path,
+    options: Options,
+    result_path: Path | None,
+    must_be_planned: bool,
+    host_map: Path | None,
+) -> None:
     environment = read_environment(os.environ)
     plan = read_plan(path)
     if plan.world_size != environment.world_size:
@@ -74,7 +90,11 @@ def _run(path: Path, options: Options, result_path: Path | None) -> None:
     setting = choose_setting(options.backend, plan.model, environment.local_rank, local_ranks)
     if setting.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads(local_ranks))
-    with _process_group(environment, setting):
+    store, host = meet(environment, _TIMEOUT), this_host(os.environ)
+    if must_be_planned:
+        check_identity(store, plan, environment.rank, setting.device, host, host_map)
+        bind_cpus(plan.ranks[environment.rank].numa)
+    with _process_group(environment, setting, store):
         _check_agreement(plan, options)
         result = run_rank(plan, options, setting, environment.rank)
     if result is not None:
@@ -82,12 +102,13 @@ def _run(path: Path, options: Options, result_path: Path | None) -> None:
 
 
 @contextmanager
-def _process_group(environment: RankEnvironment, setting: Setting) -> Iterator[None]:
+def _process_group(environment: RankEnvironment, setting: Setting, store: Store) -> Iterator[None]:
     device = setting.device if setting.device.type == "cuda" else None
     if device is not None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         setting.backend,
+        store=store,
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=_TIMEOUT,

@@ -159,9 +159,11 @@ def test_launching_does_not_import_torch_into_the_launcher(tmp_path: Path) -> No
 
 def test_options_are_the_workers() -> None:
     worker = pytest.importorskip("epplan.runtime.worker").command
-    own, workers = ({option.name for option in x.params} for x in (command, worker))
-    assert own - workers == {"target", "as_json"}
-    assert workers - own == {"result"}
+    own, workers = ({option.name: option for option in x.params} for x in (command, worker))
+    assert workers.keys() - own.keys() == {"result"}
+    shared = (workers.keys() & own.keys()) - {"plan"}
+    assert {"backend", "sequences", "steps", "verify", "identity", "host_map"} <= shared
+    assert all(own[name].to_info_dict() == workers[name].to_info_dict() for name in shared)
 
 
 def test_options_as_the_worker_reads_them() -> None:

@@ -58,7 +58,8 @@ def launch_each(arguments: list[list[str]], world_size: int = RANKS) -> list[End
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    return fork_ranks(start, RANKS, variables, arguments)
+    anywhere = [["--no-identity", *own] for own in arguments]  # the plan names other hosts
+    return fork_ranks(start, RANKS, variables, anywhere)
 
 
 def test_result(plan: Path, tmp_path: Path) -> None:
@@ -223,7 +224,8 @@ def test_gpu_equals_the_dense_model(spec: ModelSpec, dtype: str, tmp_path: Path)
     path, result_path = tmp_path / "plan.json", tmp_path / "result.json"
     wide = spec.with_overrides(scale=8.0).model_copy(update={"dtype": dtype})
     write_plan(path, make_plan(wide, 1, slots_per_rank=spec.num_experts, num_hosts=1))
-    command = [sys.executable, "-m", worker.__name__, str(path), "--result", str(result_path)]
+    command = [sys.executable, "-m", worker.__name__, str(path), "--no-identity"]
+    command += ["--result", str(result_path)]
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     ended = subprocess.run(
         [*command, "--sequence-length", "200"],
