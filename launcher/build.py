@@ -12,7 +12,7 @@ from epplan.planner.plan import plan_text
 from .environment import common_variables, gpu_variables
 from .host_map import read_host_map
 from .job import PLAN_FILE, RESULT_FILE, File, Job, JobHost, Network
-from .quoting import check_hosts, label
+from .quoting import check_hosts, comment, label
 from .request import LaunchRequest
 from .targets import kubernetes
 from .targets.registry import KUBERNETES
@@ -74,7 +74,9 @@ def build_job(
     files = [File(name=PLAN_FILE, text=plan_text(request.plan))]
     if settings.host_map is not None:
         renamed = {planned: real for planned, real in names.items() if planned != real}
-        files.append(File(name=HOST_MAP_FILE, text=yaml.safe_dump(renamed)))
+        files.append(
+            File(name=HOST_MAP_FILE, text=f"# {comment(made_by)}\n{yaml.safe_dump(renamed)}")
+        )
         request = replace(
             request, options=(*request.options, f"--host-map={folder / HOST_MAP_FILE}")
         )

@@ -40,9 +40,9 @@ def check_hosts(hosts: Iterable[str], where: str) -> None:
         raise InputError(
             f"{where} names hosts that no launcher can address",
             problems=[
-                f"{name!r}: a host name has letters, digits, '.', '-' and '_'" for name in bad
+                f"{name!r}: host names have letters, digits, '.', '-' and '_'" for name in bad
             ],
-            hints=["give their real names with --host-map FILE, lines of the form `planned: real`"],
+            hints=["give their real names with --host-map FILE, lines `planned: real`"],
         )
 
 

@@ -45,8 +45,9 @@ def host_script(job: Job, host: JobHost) -> File:
         *(f"--master-port={job.master_port}", *worker_command(job)),
     ]
     last = host.first_rank + count - 1
+    ranks = f"rank {last}" if count == 1 else f"ranks {host.first_rank} to {last}"
     text = (
-        header(job, f"Starts ranks {host.first_rank} to {last} on host {host.name}.")
+        header(job, f"Starts {ranks} on host {host.name}.")
         + exports([*job.variables, *host.variables])
         + "# the ranks of a host share its CPUs; torchrun would give each a single thread\n"
         + f"threads=$(( $(nproc) / {count} ))\n"

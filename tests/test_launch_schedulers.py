@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 from epplan.launcher.job import Job, Rendering
 from epplan.launcher.submit import write_job
 from epplan.launcher.targets.registry import render
+from tests.fork_ranks import free_port
 from tests.launch_modules import slurm
 from tests.launch_modules.jobs import make_job, why_no_hosts, write_ssh
 from tests.launch_modules.plans import make_plan
@@ -80,9 +80,6 @@ class Run:
 def prepare(folder: Path, target: str) -> Run:
     """Render a job into a folder whose name every shell has to quote."""
     (folder / "records").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     job = make_job(
         make_plan(HOSTS),
         target,
@@ -91,7 +88,7 @@ def prepare(folder: Path, target: str) -> Run:
         environment=[("TEST_RECORDS", str(folder / "records")), ("GLOO_SOCKET_IFNAME", "lo")],
         output=folder / "it's $HOME",
         master_address="127.0.0.1",
-        master_port=port,
+        master_port=free_port(),
         python=sys.executable,
     )
     rendering = render(job, target)

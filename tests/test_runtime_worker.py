@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from epplan.planner.model import ModelSpec
 from epplan.planner.plan import write_plan
 from epplan.runtime import worker
 from epplan.runtime.worker import main
-from tests.fork_ranks import fork_ranks
+from tests.fork_ranks import fork_ranks, free_port
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 
 RANKS = 4
@@ -50,13 +49,10 @@ def launch(*arguments: str | int | Path, world_size: int = RANKS) -> list[Ended]
 
 
 def launch_each(arguments: list[list[str]], world_size: int = RANKS) -> list[Ended]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     variables = {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     anywhere = [["--no-identity", *own] for own in arguments]  # the plan names other hosts
     return fork_ranks(start, RANKS, variables, anywhere)

@@ -27,6 +27,18 @@ _CONTAINER = "node"  # Kubeflow's name for the one that trains
 _Object = dict[str, Any]
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes files as they are, line by line: a person has to be able to read what will run."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def master_address(name: str) -> str:
     """Return the DNS name of the pod that runs rank 0, in a job of this name."""
     return f"{name}-host-0-0-0.{name}"
@@ -79,7 +91,7 @@ def _manifest(job: Job, name: str, what: str, objects: list[_Object]) -> Renderi
         )
     text = job.head(what)
     for document in (_config_map(job), *objects):
-        text += "---\n" + yaml.safe_dump(document, sort_keys=False, allow_unicode=False)
+        text += "---\n" + yaml.dump(document, Dumper=_Dumper, sort_keys=False)
     command = ("kubectl", "apply", "-f", str(job.output / name))
     return Rendering(files=(File(name=name, text=text),), commands=(Command(arguments=command),))
 

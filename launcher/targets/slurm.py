@@ -15,8 +15,8 @@ HOSTS = "hosts.txt"
 
 def render(job: Job) -> Rendering:
     """Return batch script, host file and rank script."""
-    # Nothing but names: Slurm takes every line for a task.
-    hosts = "".join(f"{host.name}\n" * len(host.ranks) for host in job.hosts)
+    hosts = job.head("The host of every rank, in rank order.")
+    hosts += "".join(f"{host.name}\n" * len(host.ranks) for host in job.hosts)
     files = (
         File(name=BATCH, text=_batch(job), is_executable=True),
         File(name=HOSTS, text=hosts),

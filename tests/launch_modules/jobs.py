@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from epplan.launcher.build import Settings, build_job
-from epplan.launcher.job import Job, Rendering
+from epplan.launcher.job import File, Job, Rendering
 from epplan.launcher.request import LaunchRequest
 from epplan.launcher.targets.registry import render
 from epplan.planner.plan import Plan
@@ -66,6 +66,11 @@ def make_job(
 def make_rendering(plan: Plan, target: str, **fields: Any) -> Rendering:
     """Return a job in a target's words."""
     return render(make_job(plan, target, **fields), target)
+
+
+def files_of(plan: Plan, target: str, **fields: Any) -> dict[str, File]:
+    """Return a job's files by name."""
+    return {file.name: file for file in make_rendering(plan, target, **fields).files}
 
 
 def write_ssh(folder: Path) -> Path:
