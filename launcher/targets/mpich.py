@@ -1,8 +1,9 @@
 """MPICH and Intel MPI: Hydra with a machine file, which keeps the order of hosts.
 
-Ranks of a host are consecutive in every plan, so that `host:ranks` per line says all. Intel MPI
-would pin each rank to cores of its own choice and, under a batch system, take that one's placement
-instead of the file's: both are switched off.
+Ranks of a host are consecutive in every plan, so that `host:ranks` per line says all. Both bring
+`mpiexec.hydra`, while `mpiexec` may be another MPI's. Intel MPI would pin each rank to cores of its
+own choice and, under a batch system, take that one's placement instead of the file's: both are
+switched off.
 """
 
 from epplan.launcher.job import Command, File, Job, Rendering
@@ -12,7 +13,7 @@ from epplan.launcher.scripts import header, rank_script
 _START = """\
 cd {folder}
 export I_MPI_PIN=0 I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=off
-exec mpiexec -machinefile hosts -n {ranks} -l bash rank.sh
+exec mpiexec.hydra -machinefile hosts -n {ranks} -l bash rank.sh
 """
 
 

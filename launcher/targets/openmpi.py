@@ -13,8 +13,9 @@ from epplan.launcher.scripts import header, rank_script
 _START = """\
 cd {folder}
 case "$(mpirun --version 2> /dev/null | head -n 1)" in
-  *' 4.'*) map=(--rankfile rankfile) ;;
-  *) map=(--map-by rankfile:file=rankfile) ;;
+  *Open*' 4.'*) map=(--rankfile rankfile) ;;
+  *Open*) map=(--map-by rankfile:file=rankfile) ;;
+  *) echo "mpirun is not Open MPI's: $(command -v mpirun)" >&2; exit 2 ;;
 esac
 exec mpirun --hostfile hosts "${{map[@]}}" --bind-to none --tag-output -n {ranks} bash rank.sh
 """

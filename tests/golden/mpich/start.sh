@@ -4,4 +4,4 @@
 set -euo pipefail
 cd /shared/job
 export I_MPI_PIN=0 I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=off
-exec mpiexec -machinefile hosts -n 4 -l bash rank.sh
+exec mpiexec.hydra -machinefile hosts -n 4 -l bash rank.sh

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd /shared/job
 case "$(mpirun --version 2> /dev/null | head -n 1)" in
-  *' 4.'*) map=(--rankfile rankfile) ;;
-  *) map=(--map-by rankfile:file=rankfile) ;;
+  *Open*' 4.'*) map=(--rankfile rankfile) ;;
+  *Open*) map=(--map-by rankfile:file=rankfile) ;;
+  *) echo "mpirun is not Open MPI's: $(command -v mpirun)" >&2; exit 2 ;;
 esac
 exec mpirun --hostfile hosts "${map[@]}" --bind-to none --tag-output -n 4 bash rank.sh
