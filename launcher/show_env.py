@@ -12,10 +12,25 @@ from .job import Job
 Rows = Sequence[tuple[str, Variable]]  # whom it is for, and the variable
 
 
-def job_rows(job: Job) -> Rows:
+def job_rows(job: Job) -> list[tuple[str, Variable]]:
     """Return all variables of a job, those of single hosts last."""
     rows = [("all ranks", variable) for variable in job.variables]
     rows += [(f"host {host.name}", variable) for host in job.hosts for variable in host.variables]
+    return rows
+
+
+def cpu_rows(job: Job) -> list[tuple[str, Variable]]:
+    """Return the NUMA node every rank keeps to, host by host, where the plan knows it."""
+    rows = []
+    for host in job.hosts:
+        nodes = ["-" if rank.numa is None else str(rank.numa) for rank in host.ranks]
+        if set(nodes) != {"-"}:
+            variable = Variable(
+                name="(CPUs)",
+                value=f"NUMA node {' '.join(nodes)}",
+                reason="each rank keeps to the node of its GPU, in rank order; no variable",
+            )
+            rows.append((f"host {host.name}", variable))
     return rows
 
 

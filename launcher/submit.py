@@ -64,10 +64,11 @@ def command_here(rendering: Rendering, this_host: str) -> Command:
     """Return the command this machine has to run.
 
     Raises:
-        InputError: every command belongs to another host.
+        InputError: every command belongs to another host, or its program is not here.
     """
     for command in rendering.commands:
         if command.host is None or same_host(command.host, this_host):
+            _check_program(command.arguments[0])
             return command
     hosts = ", ".join(str(command.host) for command in rendering.commands)
     raise InputError(
@@ -79,20 +80,18 @@ def command_here(rendering: Rendering, this_host: str) -> Command:
     )
 
 
-def become(command: Command, *, stdout_to_stderr: bool) -> NoReturn:
-    """Replace this process by a command: its output, signals and exit code are the job's.
-
-    Raises:
-        InputError: there is no such program here.
-    """
-    program = command.arguments[0]
+def _check_program(program: str) -> None:
     if shutil.which(program) is None:
         raise InputError(
             f"`{program}` is not on this machine",
             hints=["write the files with --dry-run, and run the command where it is"],
         )
+
+
+def become(command: Command, *, stdout_to_stderr: bool) -> NoReturn:
+    """Replace this process by a command: its output, signals and exit code are the job's."""
     sys.stdout.flush()
     sys.stderr.flush()
     if stdout_to_stderr:
         os.dup2(2, 1)
-    os.execvp(program, command.arguments)
+    os.execvp(command.arguments[0], command.arguments)

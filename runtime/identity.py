@@ -8,6 +8,7 @@ import json
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -62,11 +63,14 @@ def check_identity(
             print_error(report)
         store.set("identity/verdict", "wrong" if report else "right")
     is_right = store.get("identity/verdict") == b"right"
+    if is_right:
+        return
     store.set(f"identity/{rank}/read", "")
     if rank == 0:  # the store may be in this process, and would end with it
-        store.wait([f"identity/{other}/read" for other in range(plan.world_size)], _ACKNOWLEDGED)
-    if not is_right:
-        raise InputError(f"rank {rank} stops: the ranks are not what the plan says (see rank 0)")
+        with suppress(RuntimeError):  # a rank that was killed does not answer
+            everyone = [f"identity/{other}/read" for other in range(plan.world_size)]
+            store.wait(everyone, _ACKNOWLEDGED)
+    raise InputError(f"rank {rank} stops: the ranks are not what the plan says (see rank 0)")
 
 
 def print_error(text: str) -> None:

@@ -13,7 +13,7 @@ from epplan.commands.launch import launch as command
 from epplan.errors import EpplanError, InputError
 from epplan.launcher.worker_options import option_arguments
 from epplan.planner.plan import read_plan, write_plan
-from tests.launch_modules.plans import make_plan, write_ranks_plan
+from tests.launch_modules.plans import even_plan, make_plan, write_ranks_plan
 from tests.launch_modules.running import ROOT, Launch, finish
 
 ECHO = """
@@ -250,6 +250,10 @@ def test_show_env_gives_every_variable_its_reason_and_writes_nothing(tmp_path: P
         assert done.returncode == 0, done.stderr
         for part in ("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "NCCL_DEBUG", "NCCL does not say why"):
             assert part in done.stdout
+    write_plan(tmp_path / "plan.json", even_plan())
+    shown = epplan_launch("plan.json", "--to", "ssh", "--show-env", cwd=tmp_path).stdout
+    assert "NUMA node 1 0" in shown
+    assert "NUMA node 0 1" in shown
     rows = json.loads(epplan_launch("plan.json", "--show-env", "--json", cwd=tmp_path).stdout)
     assert all(row["reason"] for row in rows["environment"])
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -180,7 +180,7 @@ def _launch_job(
     as_json: bool,
 ) -> None:
     from epplan.launcher.build import build_job
-    from epplan.launcher.show_env import environment_json, environment_table, job_rows
+    from epplan.launcher.show_env import cpu_rows, environment_json, environment_table, job_rows
     from epplan.launcher.submit import become, command_here, job_json, job_text, write_job
     from epplan.launcher.targets.registry import render
     from epplan.output import print_json, print_tables, talk
@@ -196,7 +196,7 @@ def _launch_job(
         if as_json:
             print_json({"environment": environment_json(rows)})
         else:
-            print_tables(environment_table(rows))
+            print_tables(environment_table([*rows, *cpu_rows(job)]))
         return
     rendering = render(job, target)
     command = None if dry_run else command_here(rendering, socket.gethostname())
