@@ -107,7 +107,10 @@ def _network(request: LaunchRequest, topology: str | None, folder: Path, made_by
 
     from .network import choose_network
 
-    return choose_network(load_cluster(topology), request.hosts, str(folder), made_by)
+    used: dict[str, set[str]] = {host: set() for host in request.hosts}
+    for rank in request.plan.ranks:
+        used[rank.host].update(rank.nics)
+    return choose_network(load_cluster(topology), used, str(folder), made_by)
 
 
 def _hosts(request: LaunchRequest, names: dict[str, str], network: Network) -> Sequence[JobHost]:

@@ -43,8 +43,8 @@ def host(*nics: tuple[str, float, str | None], joined: bool = True) -> Cluster:
     return builder.build("0" * 64)
 
 
-def choose(cluster: Cluster) -> Network:
-    return choose_network(cluster, ["a"], "/job", MADE_BY)
+def choose(cluster: Cluster, *used: str) -> Network:
+    return choose_network(cluster, {"a": used}, "/job", MADE_BY)
 
 
 def test_nothing_is_set_where_all_nics_are_alike() -> None:
@@ -62,7 +62,7 @@ def test_nics_without_a_cable_and_of_slow_networks_are_left_out() -> None:
     )
     [variable] = choose(cluster).of_host["a"]
     assert (variable.name, variable.value) == ("NCCL_IB_HCA", "=mlx5_0,mlx5_3")
-    assert variable.reason.startswith("mlx5_1, mlx5_2 of a: no cable, or a much slower network")
+    assert variable.reason.startswith("NCCL would use mlx5_1, mlx5_2 of a: no cable")
 
 
 def test_names_that_are_no_rdma_devices_are_not_given_to_nccl() -> None:
@@ -74,6 +74,13 @@ def test_names_that_are_no_rdma_devices_are_not_given_to_nccl() -> None:
     )
 
 
+def test_a_network_that_no_rank_uses_is_left_out() -> None:
+    cluster = host(("mlx5_0", 50e9, "rail0"), ("mlx5_1", 50e9, "storage"), joined=False)
+    network = choose(cluster, "mlx5_0")
+    assert network.variables == ()  # or it would be taken for a rail
+    assert [x.value for x in network.of_host["a"]] == ["=mlx5_0"]
+
+
 def test_rails_that_nothing_joins() -> None:
     nics = [("mlx5_0", 50e9, "rail0"), ("mlx5_1", 50e9, "rail1")]
     [variable] = choose(host(*nics, joined=False)).variables
@@ -82,14 +89,16 @@ def test_rails_that_nothing_joins() -> None:
 
 
 def test_a_bundled_cluster_needs_nothing() -> None:
-    network = choose_network(load_cluster("dgx-h100-2"), ["dgx01", "dgx02"], "/job", MADE_BY)
+    network = choose_network(
+        load_cluster("dgx-h100-2"), {"dgx01": [], "dgx02": []}, "/job", MADE_BY
+    )
     assert (network.variables, network.files) == ((), ())
     assert set(network.of_host.values()) == {()}
 
 
 def test_a_host_the_topology_does_not_have() -> None:
     with pytest.raises(InputError, match="has no host node7") as caught:
-        choose_network(load_cluster("dgx-h100-2"), ["node7"], "/job", MADE_BY)
+        choose_network(load_cluster("dgx-h100-2"), {"node7": []}, "/job", MADE_BY)
     assert "its hosts are dgx01, dgx02" in caught.value.hints[0]
 
 
