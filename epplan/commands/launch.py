@@ -202,7 +202,7 @@ def _launch_job(
     command = None if dry_run else command_here(rendering, socket.gethostname())
     write_job(job, rendering)
     talk(request.title())
-    talk(f"wrote {len(rendering.files)} files to {job.output}")
+    talk(f"wrote {', '.join(file.name for file in rendering.files)} in {job.output}")
     if as_json:
         print_json({**job_json(job, rendering), "environment": environment_json(rows)})
     elif dry_run:
