@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from epplan.errors import InputError
@@ -26,13 +26,15 @@ NUMA_NODES = Path("/sys/devices/system/node")
 class RankEnvironment:
     """Who this process is among the ranks.
 
-    `num_local_ranks` is None where the launcher does not say it.
+    `num_local_ranks` is None where the launcher does not say it; `restarts` counts how often
+    torchrun has started the ranks again.
     """
 
     rank: int
     local_rank: int
     world_size: int
     num_local_ranks: int | None
+    restarts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,7 @@ def read_environment(variables: Mapping[str, str]) -> RankEnvironment:
         local_rank=int(variables["LOCAL_RANK"]),
         world_size=int(variables["WORLD_SIZE"]),
         num_local_ranks=int(variables.get("LOCAL_WORLD_SIZE") or 0) or None,
+        restarts=int(variables.get("TORCHELASTIC_RESTART_COUNT") or 0),
     )
 
 
@@ -132,13 +135,15 @@ def num_threads(local_ranks: int) -> int:
 
 
 def meet(environment: RankEnvironment, timeout: timedelta) -> Store:
-    """Return the store in which all ranks meet; torch would make the same one.
+    """Return the store in which all ranks meet.
 
     It is there before the process group, so that ranks can talk before NCCL is asked for anything.
+    torchrun keeps one store over restarts, with all that was written into it before: under its
+    static rendezvous restarted ranks would find the addresses and answers of their dead ones.
     """
     ranks = (environment.rank, environment.world_size)
     store: Store = next(rendezvous("env://", *ranks, timeout=timeout))[0]
-    return store
+    return PrefixStore(f"start {environment.restarts}", store)
 
 
 def bind_cpus(numa: int | None, nodes: Path = NUMA_NODES) -> None:

@@ -18,7 +18,8 @@ from tests.fork_ranks import fork_ranks, free_port
 from tests.launch_modules.plans import make_plan, uneven_plan
 from tests.launch_modules.running import ROOT
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
 def planned(plan: Plan, **changes: Any) -> list[Identity]:
@@ -163,10 +164,24 @@ def test_one_rank_elsewhere_stops_all_with_one_table(tmp_path: Path) -> None:
     ]
 
 
-def test_it_is_asked_again_at_every_restart(tmp_path: Path) -> None:
+def test_answers_from_before_a_restart_do_not_count(tmp_path: Path) -> None:
+    port = free_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as an agent's
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)}
+    codes = []
+    for restarts, host in enumerate(["b", "c", "b"]):
+        count = {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
+        ended = launch(tmp_path, ["a", "a", host], **agent, **count)
+        codes.append({code for code, _ in ended})
+    assert codes == [{0}, {2}, {0}]
+    del store
+
+
+def test_torchrun_asks_again_when_it_restarts(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     write_plan(plan, make_plan({"a": [0, 1]}))
-    agent = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    agent = ["torch.distributed.run", "--nnodes=1", "--node-rank=0", "--nproc-per-node=2"]
+    agent += ["--max-restarts=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     rank = ["tests.launch_modules.restarted", str(plan), "--backend=gloo"]
     done = subprocess.run(
         [sys.executable, "-m", *agent, "-m", *rank],
