@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,13 +78,13 @@ class Run:
         assert (result["ranks"], result["verified"]) == (3, True)
 
 
-def prepare(folder: Path, target: str) -> Run:
+def prepare(folder: Path, target: str, backend: str = "gloo") -> Run:
     """Render a job into a folder whose name every shell has to quote."""
     (folder / "records").mkdir()
     job = make_job(
         make_plan(HOSTS),
         target,
-        options=["--backend=gloo", "--steps=1", "--sequence-length=8"],
+        options=[f"--backend={backend}", "--steps=1", "--sequence-length=8"],
         module="tests.launch_modules.recorder",
         environment=[("TEST_RECORDS", str(folder / "records")), ("GLOO_SOCKET_IFNAME", "lo")],
         output=folder / "it's $HOME",
@@ -161,8 +162,11 @@ def test_hydra(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with slurm.slurm_cluster(tmp_path_factory.mktemp("slurm"), list(HOSTS)) as environment:
+def cluster() -> Iterator[dict[str, str]]:
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,  # a socket's path has to be short
+        slurm.slurm_cluster(Path(folder), list(HOSTS)) as environment,
+    ):
         yield environment
 
 
@@ -186,9 +190,12 @@ def sbatch(run: Run, cluster: dict[str, str]) -> subprocess.CompletedProcess[str
 
 @needs(*slurm.PROGRAMS)
 def test_slurm(tmp_path: Path, cluster: dict[str, str]) -> None:
-    run = prepare(tmp_path, "slurm")
+    run = prepare(tmp_path, "slurm", backend="auto")  # asks Slurm for GPUs
+    assert "#SBATCH --gpus=3\n" in (run.job.output / "job.sbatch").read_text()
     done = sbatch(run, cluster)
     run.check(done, host="EPPLAN_HOST")
+    # The plan's, where Slurm itself gives 0,1,2,3.
+    assert [x["CUDA_VISIBLE_DEVICES"] for x in run.records()] == ["1,0", "1,0", "0"]
     assert "0: 3 ranks, gloo" in done.stdout
 
 

@@ -72,11 +72,11 @@ def launch(
 ) -> None:
     """Run PLAN: one process per rank, in plan order.
 
-    Every line of a rank has the rank in front. The first rank to fail stops all others and gives
-    its exit code; Ctrl-C and SIGTERM stop all. With --json, stdout holds nothing but the result
-    and the ranks' output goes to stderr.
+    With local every line of a rank has the rank in front. The first rank to fail stops all others
+    and gives its exit code; Ctrl-C and SIGTERM stop all. With --json, stdout holds nothing but the
+    result and the ranks' output goes to stderr.
 
-    Other targets than local get files, which are plain to read, and a command that starts them.
+    Other targets get files, plain to read, and a command that epplan becomes: docs/launch.md.
 
     \b
     Examples:

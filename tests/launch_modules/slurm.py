@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "sinfo")
+GPUS = 4  # that Slurm believes each node to have
 _START_S = 20.0
 _CONF = """\
 ClusterName=test
@@ -32,6 +33,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
 {nodes}
@@ -50,7 +52,7 @@ def slurm_cluster(folder: Path, nodes: Sequence[str]) -> Iterator[dict[str, str]
     ports = _free_ports(1 + len(nodes))
     lines = [
         f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} "
-        "CPUs=16 State=UNKNOWN"
+        f"CPUs=16 Gres=gpu:{GPUS} State=UNKNOWN"
         for name, port in zip(nodes, ports[1:], strict=True)
     ]
     (folder / "state").mkdir()
@@ -64,6 +66,9 @@ def slurm_cluster(folder: Path, nodes: Sequence[str]) -> Iterator[dict[str, str]
             nodes="\n".join(lines),
         )
     )
+    for index in range(GPUS):  # where Slurm looks for devices
+        (folder / f"gpu{index}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
     environment = {**os.environ, "SLURM_CONF": str(conf)}
     with ExitStack() as stack:
         stack.enter_context(_daemon(folder, environment, _munged(folder)))
