@@ -36,11 +36,12 @@ def worker_command(job: Job) -> list[str]:
 def host_script(job: Job, host: JobHost) -> File:
     """Return the script that starts all ranks of one host through torchrun's static rendezvous.
 
-    `--node-rank` counts only there: torchrun's default, c10d, sorts hosts as text.
+    `--node-rank` counts only there: c10d, which most recipes name, sorts hosts as text.
     """
     count = len(host.ranks)
     torchrun = [
-        *("-m", "torch.distributed.run", f"--nnodes={len(job.hosts)}", f"--node-rank={host.index}"),
+        *("-m", "torch.distributed.run", "--rdzv-backend=static", f"--nnodes={len(job.hosts)}"),
+        f"--node-rank={host.index}",
         *(f"--nproc-per-node={count}", f"--master-addr={job.master_address}"),
         *(f"--master-port={job.master_port}", *worker_command(job)),
     ]

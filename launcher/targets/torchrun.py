@@ -1,7 +1,7 @@
 """torchrun with static rendezvous: one script per host, to be started on each of them.
 
-torchrun's default rendezvous sorts hosts as text (node10 before node2) and ignores `--node-rank`;
-the static one keeps it. Inside a host local rank i takes the i-th of CUDA_VISIBLE_DEVICES.
+The c10d rendezvous sorts hosts as text (node10 before node2) and ignores `--node-rank`; the static
+one keeps it. Inside a host local rank i takes the i-th of CUDA_VISIBLE_DEVICES.
 """
 
 from epplan.launcher.job import Command, Job, Rendering

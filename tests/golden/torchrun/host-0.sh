@@ -14,6 +14,7 @@ export CUDA_VISIBLE_DEVICES=GPU-00000000-aaaa-bbbb-cccc-000000000000,GPU-0000000
 threads=$(( $(nproc) / 3 ))
 [[ -v OMP_NUM_THREADS ]] || export OMP_NUM_THREADS=$(( threads > 1 ? threads : 1 ))
 exec /opt/venv/bin/python -m torch.distributed.run \
+  --rdzv-backend=static \
   --nnodes=2 \
   --node-rank=0 \
   --nproc-per-node=3 \
