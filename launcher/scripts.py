@@ -16,14 +16,15 @@ def header(job: Job, what: str) -> str:
     return f"#!/usr/bin/env bash\n{job.head(what)}set -euo pipefail\n"
 
 
-def exports(variables: Iterable[Variable]) -> str:
+def exports(variables: Iterable[Variable], indent: str = "") -> str:
     """Return the lines that set variables, each below its reason."""
     lines = []
     for variable in variables:
         assignment = f"export {variable.name}={shell(variable.value)}"
         if not variable.is_fixed:
             assignment = f"[[ -v {variable.name} ]] || {assignment}"
-        lines.append(f"# {comment(variable.reason)}\n{assignment}\n")
+        # Not every line: a value may have several, and has to stay what it is.
+        lines.append(f"{indent}# {comment(variable.reason)}\n{indent}{assignment}\n")
     return "".join(lines)
 
 
@@ -73,13 +74,14 @@ def rank_script(job: Job, *, rank: str, host: str | None = None) -> File:
     """
     text = header(job, "Becomes one rank; the scheduler says which.")
     text += f"rank=${{{rank}:?this script is started by the scheduler}}\n"
+    text += "# of a torchrun around the scheduler, whose store these ranks are not to use\n"
+    text += "unset ${!TORCHELASTIC_@}\n"
     text += exports(job.variables)
     for number, entry in enumerate(job.hosts):
         end = entry.first_rank + len(entry.ranks)
         text += f"{'el' if number else ''}if (( rank < {end} )); then  # host {entry.name}\n"
         text += f"  first={entry.first_rank} count={len(entry.ranks)} group={entry.index}\n"
-        for line in exports(entry.variables).splitlines():
-            text += f"  {line}\n"
+        text += exports(entry.variables, indent="  ")
     text += (
         f'else\n  echo "rank $rank: the plan has {job.num_ranks} ranks" >&2\n  exit 2\nfi\n'
         f'export RANK="$rank" LOCAL_RANK="$(( rank - first ))" LOCAL_WORLD_SIZE="$count"\n'

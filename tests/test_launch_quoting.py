@@ -15,6 +15,7 @@ from epplan.launcher.targets.registry import render
 from tests.launch_modules.jobs import make_job, make_rendering
 from tests.launch_modules.plans import make_plan, uneven_plan
 
+NCCL_XML = Path(__file__).parent / "data/nccl-2gpu.xml"
 SLURM = {"SLURMD_NODENAME": "x"}
 HOSTILE = [
     "a b",
@@ -78,6 +79,21 @@ def test_hostile_paths_reach_the_worker_whole(
         name,
     ]
     assert os.access(script, os.X_OK)
+
+
+def test_a_hostile_folder_in_a_variable_of_one_host(tmp_path: Path) -> None:
+    output = tmp_path / "a\n  b\n'c"
+    plan = make_plan({"host0": [0, 1]})
+    job = make_job(plan, "mpich", output=output, topology=str(NCCL_XML), python="/usr/bin/env")
+    [script] = [x for x in render(job, "mpich").files if x.name == "rank.sh"]
+    done = subprocess.run(
+        ["bash", "-c", script.text.partition("exec ")[0] + "printenv NCCL_TOPO_FILE"],
+        env={"PATH": os.environ["PATH"], "PMI_RANK": "1", "TORCHELASTIC_RUN_ID": "x"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{output}/nccl-topology-0.xml\n"
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))))

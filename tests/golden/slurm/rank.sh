@@ -3,6 +3,8 @@
 # Becomes one rank; the scheduler says which.
 set -euo pipefail
 rank=${SLURM_PROCID:?this script is started by the scheduler}
+# of a torchrun around the scheduler, whose store these ranks are not to use
+unset ${!TORCHELASTIC_@}
 # a rank's lines appear when it writes them, not when it ends
 [[ -v PYTHONUNBUFFERED ]] || export PYTHONUNBUFFERED=1
 # the plan counts GPUs by PCI bus, CUDA by speed unless told
