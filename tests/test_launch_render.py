@@ -90,7 +90,8 @@ def run_script(text: str, **variables: str) -> dict[str, str]:
 def test_what_the_user_has_set_wins_except_which_gpu_is_whose() -> None:
     script = files_of(uneven_plan(), "mpich")["rank.sh"].text.partition("exec ")[0] + "env"
     own = {"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
-    shown = run_script(script, PMI_RANK="3", **own)
+    shown = run_script(script, PMI_RANK="3", TORCHELASTIC_USE_AGENT_STORE="True", **own)
+    assert "TORCHELASTIC_USE_AGENT_STORE" not in shown
     assert shown["NCCL_DEBUG"] == "INFO"
     assert shown["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert shown["CUDA_VISIBLE_DEVICES"] == str(uneven_plan().ranks[3].gpu_uuid)
