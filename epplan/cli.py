@@ -18,6 +18,8 @@ _COMMANDS = {
     "rebalance": "epplan.commands.rebalance:rebalance",
     "launch": "epplan.commands.launch:launch",
     "bench": "epplan.commands.bench:bench",
+    "doctor": "epplan.commands.doctor:doctor",
+    "env": "epplan.commands.env:env",
 }
 
 

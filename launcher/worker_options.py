@@ -177,6 +177,17 @@ _OPTIONS = (
         type=click.FloatRange(0, min_open=True),
         help="Drop a rank's rows to an expert beyond FACTOR times an even share. Changes outputs.",
     ),
+    click.option(
+        "--identity/--no-identity",
+        default=None,
+        help="Stop unless every rank is on its planned host and GPU. [default: identity, except "
+        "with --to local and a plan of other hosts]",
+    ),
+    click.option(
+        "--host-map",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Renamed hosts: YAML lines `planned: real`.",
+    ),
 )
 
 

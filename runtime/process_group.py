@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from epplan.errors import PeerError
@@ -18,13 +18,14 @@ from .watchdog import Watchdog
 
 @contextmanager
 def process_group(
-    environment: RankEnvironment, setting: Setting, timeout_s: float
+    environment: RankEnvironment, setting: Setting, store: Store, timeout_s: float
 ) -> Iterator[Watchdog]:
     """Join the process group of all ranks, and leave it at the end of the block.
 
     Args:
         environment: this rank's place.
         setting: backend and device.
+        store: where the ranks met.
         timeout_s: how long any rank waits for the others.
 
     Raises:
@@ -34,7 +35,6 @@ def process_group(
     device = setting.device if setting.device.type == "cuda" else None
     if device is not None:
         torch.cuda.set_device(device)
-    store = _join_store(environment, timeout)
     # A connection of its own, whatever the other one is waiting for.
     own_store = dist.TCPStore(  # type: ignore[attr-defined]  # public, left out of __all__
         os.environ["MASTER_ADDR"],
@@ -44,7 +44,12 @@ def process_group(
         wait_for_workers=False,
     )
     with (
-        Watchdog(own_store, environment.rank, environment.world_size, timeout_s) as watchdog,
+        Watchdog(
+            _of_this_start(own_store, environment),
+            environment.rank,
+            environment.world_size,
+            timeout_s,
+        ) as watchdog,
         watchdog.explained(),
     ):
         dist.init_process_group(
@@ -61,13 +66,21 @@ def process_group(
         dist.destroy_process_group()
 
 
-def _join_store(environment: RankEnvironment, timeout: timedelta) -> Store:
-    """Return the store on rank 0, found by torchrun's variables."""
-    is_host = environment.rank == 0
+def meet(environment: RankEnvironment, timeout_s: float) -> Store:
+    """Return the store on rank 0 in which all ranks meet, found by torchrun's variables.
+
+    It is there before the process group, so that ranks can talk before NCCL is asked for anything.
+
+    Raises:
+        PeerError: rank 0 or the others are not reached in time.
+    """
+    is_host, timeout = environment.rank == 0, timedelta(seconds=timeout_s)
+    ranks = (environment.rank, environment.world_size)
     store: Store
     try:
         # Half the time for the others, because torch tries twice to reach rank 0.
-        store, _, _ = next(rendezvous("env://", timeout=timeout if is_host else timeout / 2))
+        patience = timeout if is_host else timeout / 2
+        store, _, _ = next(rendezvous("env://", *ranks, timeout=patience))
     except dist.DistError:
         who = "some rank did not reach it" if is_host else "it did not reach rank 0"
         raise PeerError(
@@ -75,4 +88,13 @@ def _join_store(environment: RankEnvironment, timeout: timedelta) -> Store:
             hints=["MASTER_ADDR and MASTER_PORT must name rank 0's host and a free port there"],
         ) from None
     store.set_timeout(timeout)
-    return store
+    return _of_this_start(store, environment)
+
+
+def _of_this_start(store: Store, environment: RankEnvironment) -> Store:
+    """Return the part of a store that belongs to this start of the ranks.
+
+    torchrun keeps one store over restarts, with all that was written into it before: under its
+    static rendezvous restarted ranks would find the addresses and answers of their dead ones.
+    """
+    return PrefixStore(f"start {environment.restarts}", store)

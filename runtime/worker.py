@@ -21,14 +21,16 @@ from epplan.launcher.worker_options import worker_options
 from epplan.planner.plan import Plan, read_plan
 
 from .environment import (
+    bind_cpus,
     choose_setting,
     num_local_ranks,
     num_threads,
     read_environment,
 )
+from .identity import check_identity, this_host
 from .measure import run_rank
 from .options import Options
-from .process_group import process_group
+from .process_group import meet, process_group
 from .result import Result, result_text, summary_lines
 
 _PROGRAM = "python -m epplan.runtime.worker"
@@ -45,16 +47,28 @@ def main(args: list[str] | None = None) -> None:
 @click.option(
     "--result", type=click.Path(path_type=Path), help="File for rank 0's result, as JSON."
 )
-def command(plan: Path, result: Path | None, **options: Any) -> None:
+def command(
+    plan: Path,
+    result: Path | None,
+    identity: bool | None,
+    host_map: Path | None,
+    **options: Any,
+) -> None:
     """Run one rank of PLAN, with torchrun's variables in the environment."""
     try:
-        _run(plan, Options(**options), result)
+        _run(plan, Options(**options), result, identity is not False, host_map)
     except EpplanError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
 
 
-def _run(path: Path, options: Options, result_path: Path | None) -> None:
+def _run(
+    path: Path,
+    options: Options,
+    result_path: Path | None,
+    must_be_planned: bool,
+    host_map: Path | None,
+) -> None:
     environment = read_environment(os.environ)
     plan = read_plan(path)
     if plan.world_size != environment.world_size:
@@ -69,7 +83,11 @@ def _run(path: Path, options: Options, result_path: Path | None) -> None:
     setting = choose_setting(options.backend, plan.model, environment.local_rank, local_ranks)
     if setting.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads(local_ranks))
-    with process_group(environment, setting, options.timeout) as watchdog:
+    store, host = meet(environment, options.timeout), this_host(os.environ)
+    if must_be_planned:
+        check_identity(store, plan, environment.rank, setting.device, host, host_map)
+        bind_cpus(plan.ranks[environment.rank].numa)
+    with process_group(environment, setting, store, options.timeout) as watchdog:
         _check_agreement(plan, options)
         result = run_rank(plan, options, setting, environment.rank, watchdog)
     if result is not None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from epplan.errors import EpplanError, InputError, RankFailedError
 from epplan.launcher.request import request_from_plan
 from epplan.runtime.environment import RankEnvironment, Setting
-from epplan.runtime.process_group import process_group
+from epplan.runtime.process_group import meet, process_group
 from epplan.runtime.watchdog import Sign, blame
 from tests.launch_modules.running import Launch
 
@@ -214,7 +214,9 @@ def be_rank(rank: int, port: int, message: Path, fault: str) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS)
     )
     torch.set_num_threads(1)
-    place = RankEnvironment(rank=rank, local_rank=rank, world_size=RANKS, num_local_ranks=RANKS)
+    place = RankEnvironment(
+        rank=rank, local_rank=rank, world_size=RANKS, num_local_ranks=RANKS, restarts=0
+    )
     setting = Setting(
         backend="gloo",
         backend_reason="asked for",
@@ -226,7 +228,8 @@ def be_rank(rank: int, port: int, message: Path, fault: str) -> None:
     try:
         if fault == "absent":
             time.sleep(600)
-        with process_group(place, setting, TIMEOUT_S) as watchdog:
+        store = meet(place, TIMEOUT_S)
+        with process_group(place, setting, store, TIMEOUT_S) as watchdog:
             for step in range(1000):
                 watchdog.at(f"step {step}")
                 if step == 20 and fault == "kill":

@@ -121,12 +121,7 @@ def _fork_server(
 
 
 def _start(request: LaunchRequest, output: RankOutput) -> subprocess.Popen[bytes]:
-    environment = machine_environment(
-        os.environ,
-        request.plan,
-        num_local_ranks=request.num_ranks,
-        num_cpus=len(os.sched_getaffinity(0)),
-    )
+    environment = machine_environment(os.environ, request, num_cpus=len(os.sched_getaffinity(0)))
     program = (
         f"import sys; sys.path[:] = {sys.path!r}; "
         "from epplan.launcher.forkserver import main; main()"
