@@ -14,8 +14,8 @@ from .cost import Shares, evaluate_layer
 from .plan import Certificate, LayerCost, Plan, RankMemory, Source, Workload
 from .problem import Problem, make_problem
 from .relayout import EMPTY, Floats, Layout, price, relayout
+from .slot_transfers import Transfer, layer_transfers
 from .traffic import Traffic
-from .transfers import Transfer, layer_transfers
 
 _SOLVER = "rebalance (loads of GPUs; links are priced, not optimised)"
 _NOT_PRICED = "not priced"
