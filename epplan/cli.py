@@ -15,6 +15,7 @@ _COMMANDS = {
     "topo": "epplan.commands.topo:topo",
     "solve": "epplan.commands.solve:solve",
     "explain": "epplan.commands.explain:explain",
+    "replan": "epplan.commands.replan:replan",
     "launch": "epplan.commands.launch:launch",
 }
 
