@@ -44,6 +44,11 @@ _OPTIONS = (
         show_default=True,
         help="Compare with the dense model, on rank 0.",
     ),
+    click.option(
+        "--progress",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Keep the number of finished steps in this file, and go on after them.",
+    ),
 )
 
 

@@ -5,6 +5,7 @@ Shapes: B sequences per rank, S positions, H hidden size.
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median
 
 import torch
@@ -18,6 +19,7 @@ from .dispatch import AllToAll
 from .environment import Setting
 from .model import ExpertParallelModel, Step, build_layers
 from .monitor import measure_load
+from .progress import Progress, open_progress
 from .result import PhaseTime, Result
 from .verify import Verification, verify
 from .weights import SeededWeights, seeded_hidden
@@ -35,6 +37,7 @@ class Options:
     steps: int
     seed: int
     verify: bool
+    progress: Path | None = None  # rank 0's file of finished steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,22 +71,35 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
     shape = (options.sequences, options.sequence_length, plan.model.hidden_size)
     x_BSH = seeded_hidden(options.seed, rank, shape, device=setting.device, dtype=setting.dtype)
     model.forward(x_BSH, check_rows=True)  # the warm-up step checks every row's way
-    step, own_timing = _time_steps(model, x_BSH, options.steps, clock, setting.device)
+    progress = open_progress(
+        options.progress,
+        plan,
+        rank,
+        seed=options.seed,
+        sequences=options.sequences,
+        sequence_length=options.sequence_length,
+    )
+    step, own_timing = _time_steps(model, x_BSH, options.steps, clock, setting.device, progress)
     timings = _gather_timings(own_timing, rank, plan.world_size)
     verification = None
     if options.verify:
         verification = verify(step, plan, layers, weights, rank)
     if timings is None:
         return None
-    return _result(plan, options, setting, timings, verification, step)
+    return _result(plan, options, setting, timings, verification, step, progress.notes())
 
 
 def _time_steps(
-    model: ExpertParallelModel, x_BSH: Tensor, steps: int, clock: PhaseClock, device: torch.device
+    model: ExpertParallelModel,
+    x_BSH: Tensor,
+    steps: int,
+    clock: PhaseClock,
+    device: torch.device,
+    progress: Progress,
 ) -> tuple[Step, RankTiming]:
     """Return the last step, and the time of each."""
     timing = RankTiming(steps=[], phases=[])
-    for _ in range(steps):
+    for number in progress.remaining(steps):
         dist.barrier()  # all ranks start together, so that nobody's delay is counted twice
         synchronize(device)
         begin = time.perf_counter()
@@ -91,6 +107,7 @@ def _time_steps(
         synchronize(device)
         timing.steps.append(time.perf_counter() - begin)
         timing.phases.append(clock.seconds())
+        progress.finish(number)
     return step, timing
 
 
@@ -116,6 +133,7 @@ def _result(
     timings: list[RankTiming],
     verification: Verification | None,
     step: Step,
+    notes: tuple[str, ...],
 ) -> Result:
     load = measure_load(plan, step.counts_LWWP)
     tokens_per_step = plan.world_size * options.sequences * options.sequence_length
@@ -132,7 +150,7 @@ def _result(
         seed=options.seed,
         sequences=options.sequences,
         sequence_length=options.sequence_length,
-        steps=options.steps,
+        steps=len(timings[0].steps),
         tokens_per_step=tokens_per_step,
         tokens_per_s=tokens_per_step / step_s,
         step_s=step_s,
@@ -145,7 +163,7 @@ def _result(
         expert_load=load.expert_load,
         rank_load=load.rank_load,
         balance=load.balance,
-        notes=(*setting.notes, _ROUTING_NOTE),
+        notes=(*setting.notes, _ROUTING_NOTE, *notes),
     )
 
 

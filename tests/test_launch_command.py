@@ -160,7 +160,7 @@ def test_launching_does_not_import_torch_into_the_launcher(tmp_path: Path) -> No
 def test_options_are_the_workers() -> None:
     worker = pytest.importorskip("epplan.runtime.worker").command
     own, workers = ({option.name for option in x.params} for x in (command, worker))
-    assert own - workers == {"target", "as_json"}
+    assert own - workers == {"target", "as_json", "max_restarts"}
     assert workers - own == {"result"}
 
 
