@@ -10,8 +10,7 @@ A step moves an expert of a rank that sets a phase's time to a free slot, or swa
 Steps are priced by the linear rows of the solver; the evaluator prices the result again.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,9 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
 from .cost import Placement, evaluate_layer, one_copy
+from .neighbours import Neighbours
 from .problem import Problem
-from .rows import LayerRows, RowBuilder
+from .rows import Floats, RowBuilder
 
 Copies = npt.NDArray[np.bool_]  # of one layer, [experts, ranks]
 Held = npt.NDArray[np.bool_]  # copies that are there already, [layers, experts, ranks]
@@ -80,10 +80,8 @@ class _Layer:
 
     def settle(self, expert: int, ranks: npt.NDArray[np.intp]) -> None:
         """Put an expert on that of `ranks` where the layer's time grows least."""
-        trials = [self.moved(expert, rank) for rank in ranks.tolist()]
-        placed = np.flatnonzero(trials[0] >= 0)  # the others cost nothing yet
-        rows = _of_experts(self.rows, placed)
-        self.placement = min(trials, key=lambda trial: rows.seconds(trial[placed]))
+        seconds = Neighbours(self.rows, self.placement).moves(expert)[ranks]
+        self.placement = self.moved(expert, int(ranks[seconds.argmin()]))
 
     def price(self, placement: Placement) -> float:
         """Return the layer's seconds."""
@@ -100,38 +98,61 @@ class _Layer:
         placed = self.placement[self.placement >= 0]
         return np.flatnonzero(np.bincount(placed, minlength=len(self.room)) < self.room)
 
-    def steps(self, experts: list[int], partners: list[int]) -> Iterator[Step]:
-        """Yield every move of `experts` to a free slot and every swap with one of `partners`."""
+    def best_step(self, experts: list[int], partners: list[int], budget: int) -> Step | None:
+        """Return the step that gains most per expert loaded, None where none gains.
+
+        Args:
+            experts: those that may move to a free slot or be swapped.
+            partners: those they may be swapped with.
+            budget: most experts loaded more than now.
+        """
+        neighbours, free = Neighbours(self.rows, self.placement), self.free()
+        missing = ~self.held
+        away = missing[np.arange(len(self.placement)), self.placement].astype(int)  # [experts]
+        best: tuple[tuple[bool, float], Placement] | None = None
         for expert in experts:
-            for rank in self.free().tolist():
-                yield self._step(self.moved(expert, rank))
-            for other in partners:
-                if self.placement[other] != self.placement[expert]:
-                    swapped = self.moved(expert, int(self.placement[other]))
-                    swapped[other] = self.placement[expert]
-                    yield self._step(swapped)
+            here = self.placement[expert]
+            there = self.placement[partners]
+            ends = [free, there]
+            seconds = [neighbours.moves(expert)[free], neighbours.swaps(expert)[partners]]
+            loads = [missing[expert, end] - away[expert] for end in ends]
+            loads[1] = loads[1] + missing[partners, here] - away[partners]
+            seconds[1] = np.where(there == here, np.inf, seconds[1])
+            for is_swap in (False, True):
+                found = self._most_worth(seconds[is_swap], loads[is_swap], budget)
+                if found is None or (best is not None and found[0] <= best[0]):
+                    continue
+                worth, index = found
+                placement = self.moved(expert, int(ends[is_swap][index]))
+                if is_swap:
+                    placement[partners[index]] = here
+                best = worth, placement
+        return None if best is None else self._step(best[1])
+
+    def _most_worth(
+        self, seconds: Floats, loads: Ints, budget: int
+    ) -> tuple[tuple[bool, float], int] | None:
+        """Return the worth and number of the best candidate: what loads nothing comes first."""
+        gain = self.seconds - seconds
+        able = np.flatnonzero((seconds < self.seconds * _SIGNIFICANT) & (loads <= budget))
+        if not able.size:
+            return None
+        is_free = loads[able] <= 0
+        worth = gain[able] / np.maximum(loads[able], 1)
+        best = np.lexsort((worth, is_free))[-1]
+        return (bool(is_free[best]), float(worth[best])), int(able[best])
 
     def _step(self, placement: Placement) -> Step:
         loads = self.loads_of(placement) - self.loads
         return Step(placement=placement, seconds=self.price(placement), loads=loads)
 
+    def worth(self, step: Step) -> tuple[bool, float]:
+        """Return what orders steps: whether it loads nothing more, then seconds per load."""
+        return step.loads <= 0, (self.seconds - step.seconds) / max(step.loads, 1)
+
     def take(self, step: Step) -> None:
         """Make a step."""
         self.placement, self.seconds = step.placement, step.seconds
-
-
-def _of_experts(rows: LayerRows, experts: npt.NDArray[np.intp]) -> LayerRows:
-    """Return the rows of some experts alone."""
-    phases = [
-        replace(
-            phase,
-            base=phase.base[:, experts],
-            extra=phase.extra[:, experts],
-            alone=phase.alone[experts],
-        )
-        for phase in rows.phases
-    ]
-    return replace(rows, phases=tuple(phases))
 
 
 def least_moved(problem: Problem, held: Held) -> list[Placement] | None:
@@ -176,7 +197,7 @@ def improve(
         able = {n: step for n, step in best.items() if step is not None and step.loads <= budget}
         if not able:
             break
-        number = max(able, key=lambda n: _worth(layers[n], able[n]))
+        number = max(able, key=lambda n: layers[n].worth(able[n]))
         budget -= able[number].loads
         layers[number].take(able[number])
         for layer in layers:
@@ -186,12 +207,6 @@ def improve(
     return [layer.placement for layer in layers]
 
 
-def _worth(layer: _Layer, step: Step) -> float:
-    """Return seconds gained per expert moved; what moves none comes first."""
-    gain = layer.seconds - step.seconds
-    return gain / step.loads if step.loads > 0 else np.inf
-
-
 def _best_step(layer: _Layer, budget: int) -> Step | None:
     """Return the step that gains most per byte, among experts of the ranks that set the time."""
     shares = one_copy(layer.placement, layer.problem.num_ranks)
@@ -199,12 +214,7 @@ def _best_step(layer: _Layer, budget: int) -> Step | None:
     ranks = {phase.rank for phase in worst.phases}
     experts = [e for e, rank in enumerate(layer.placement.tolist()) if rank in ranks]
     everyone = list(range(len(layer.placement)))
-    better = [
-        step
-        for step in layer.steps(experts, everyone)
-        if step.seconds < layer.seconds * _SIGNIFICANT and step.loads <= budget
-    ]
-    return max(better, key=lambda step: _worth(layer, step), default=None)
+    return layer.best_step(experts, everyone, budget)
 
 
 def _load_lost(layer: _Layer) -> None:
@@ -213,11 +223,14 @@ def _load_lost(layer: _Layer) -> None:
     for expert in lost:
         layer.settle(expert, layer.free())
     layer.seconds = layer.price(layer.placement)
-    while True:
-        best = min(layer.steps(lost, lost), key=lambda step: step.seconds, default=None)
-        if best is None or best.seconds >= layer.seconds * _SIGNIFICANT:
-            return
-        layer.take(best)
+    better = True
+    while better:
+        better = False
+        for expert in lost:
+            step = layer.best_step([expert], lost, 0)
+            if step is not None:
+                layer.take(step)
+                better = True
 
 
 def _make_room(problem: Problem, layers: list[_Layer]) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from epplan.errors import InfeasibleError, InputError
+from epplan.planner.neighbours import Neighbours
 from epplan.planner.objective import Objective
 from epplan.planner.plan import Plan, plan_problems, read_plan
 from epplan.planner.problem import make_problem
@@ -24,6 +25,7 @@ from epplan.planner.replan import (
     surviving_ranks,
     surviving_traffic,
 )
+from epplan.planner.rows import RowBuilder
 from epplan.planner.traffic import Floats, make_traffic
 from epplan.topologies.graph import Cluster
 from epplan.topologies.sources import load_cluster
@@ -113,6 +115,32 @@ def test_only_lost_experts_move_and_as_well_as_can_be(seed: int) -> None:
     ]
     assert found.plan.certificate.objective_s == pytest.approx(min(keeping))
     assert found.plan.certificate.bound_s == pytest.approx(brute_force(problem), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("overlap", [False, True])
+def test_neighbours_cost_what_the_evaluator_says(seed: int, overlap: bool) -> None:
+    windows = np.stack([random_counts(seed + n, 1, 6, 9) for n in range(2)])
+    problem = tiny_problem(
+        windows,
+        cluster=CLUSTER,
+        experts_per_gpu=2,
+        ffn=4096,
+        objective=Objective(overlap=overlap),
+    )
+    rows = RowBuilder(problem).layer(0)
+    placement = np.random.default_rng(seed).permutation(np.repeat(np.arange(6), 2))[:9]
+    neighbours = Neighbours(rows, placement)
+    for expert in range(9):
+        moves, swaps = neighbours.moves(expert), neighbours.swaps(expert)
+        for rank in range(6):
+            moved = placement.copy()
+            moved[expert] = rank
+            assert moves[rank] == pytest.approx(price(problem, moved), rel=1e-9)
+        for other in set(range(9)) - {expert}:
+            swapped = placement.copy()
+            swapped[[expert, other]] = placement[[other, expert]]
+            assert swaps[other] == pytest.approx(price(problem, swapped), rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))

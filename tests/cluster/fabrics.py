@@ -44,8 +44,8 @@ FABRICS = (
     ),
     Fabric(
         name="three-hosts",
-        description="hosts of 8, 4 and 4 ranks with 100, 50 and 25 Mb/s",
-        hosts=(_host("a", 8, 100), _host("b", 4, 50), _host("c", 4, 25)),
+        description="hosts of 8, 4 and 4 ranks with 100, 50 and 50 Mb/s",
+        hosts=(_host("a", 8, 100), _host("b", 4, 50), _host("c", 4, 50)),
         uplinks={},
     ),
     Fabric(

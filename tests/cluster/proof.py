@@ -40,6 +40,7 @@ class Case:
     phase: str
     predicted_s: float
     measured_s: float  # median over repeats
+    fastest_s: float  # of the repeats: other work on the machine can only add time
     spread: float  # (slowest - fastest) / median of the repeats
     limit: str  # the link that sets the predicted time
 
@@ -57,16 +58,16 @@ class Proof:
     traffic: str
     cases: tuple[Case, ...]
 
+    def of(self, placement: str, phase: str | None = None) -> list[Case]:
+        """Return the cases of a placement, of one phase or of both."""
+        own = [case for case in self.cases if case.placement == placement]
+        return [case for case in own if phase in (None, case.phase)]
+
     def seconds(self, placement: str, *, predicted: bool = False) -> float:
         """Return dispatch and combine of all layers, added; of random placements their mean."""
-        cases = [case for case in self.cases if case.placement == placement]
+        cases = self.of(placement)
         total = sum(case.predicted_s if predicted else case.measured_s for case in cases)
-        return total / len(cases) * self.cases_of_plan
-
-    @property
-    def cases_of_plan(self) -> int:
-        """Number of all-to-alls of one placement."""
-        return sum(case.placement == "planned" for case in self.cases)
+        return total / len(cases) * len(self.of("planned"))
 
     def gain(self, placement: str, *, predicted: bool = False) -> float:
         """Return how much faster than `placement` the plan is."""
@@ -171,6 +172,7 @@ def prove(
                 phase=phase_name,
                 predicted_s=phase.seconds,
                 measured_s=median(times),
+                fastest_s=min(times),
                 spread=(max(times) - min(times)) / median(times),
                 limit=phase.worst,
             )
