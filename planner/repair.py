@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
@@ -163,7 +164,7 @@ def least_moved(problem: Problem, held: Held) -> list[Placement] | None:
         held: the copies they hold.
 
     Returns:
-        None where memory leaves no room for the lost experts beside what is there.
+        None where slots or memory leave no room for the lost experts beside what is there.
     """
     builder = RowBuilder(problem)
     layers = [_Layer(builder, problem, number, copies) for number, copies in enumerate(held)]
@@ -207,6 +208,32 @@ def improve(
     return [layer.placement for layer in layers]
 
 
+def align(problem: Problem, held: Held, placements: list[Placement]) -> list[Placement]:
+    """Return placements as fast that move less: GPUs of a host change their experts.
+
+    On each host the sets of experts go to the GPUs that hold most of them (an assignment problem),
+    unless that makes the layer slower.
+    """
+    builder = RowBuilder(problem)
+    hosts = [gpu.host for gpu in problem.gpus]
+    members = [np.flatnonzero([other == host for other in hosts]) for host in dict.fromkeys(hosts)]
+    aligned = []
+    for number, placement in enumerate(placements):
+        layer = _Layer(builder, problem, number, held[number])
+        layer.take(Step(placement=placement, seconds=layer.price(placement), loads=0))
+        for gpus in members:
+            there = [np.flatnonzero(layer.placement == gpu) for gpu in gpus]
+            kept = np.array([[layer.held[own, gpu].sum() for gpu in gpus] for own in there])
+            changed = layer.placement.copy()
+            for own, gpu in zip(*linear_sum_assignment(kept, maximize=True), strict=True):
+                changed[there[own]] = gpus[gpu]
+            seconds = layer.price(changed)
+            if seconds <= layer.seconds:
+                layer.take(Step(placement=changed, seconds=seconds, loads=0))
+        aligned.append(layer.placement)
+    return aligned
+
+
 def _best_step(layer: _Layer, budget: int) -> Step | None:
     """Return the step that gains most per byte, among experts of the ranks that set the time."""
     shares = one_copy(layer.placement, layer.problem.num_ranks)
@@ -238,10 +265,12 @@ def _make_room(problem: Problem, layers: list[_Layer]) -> bool:
 
     A maximum flow: from layers with lost experts over (layer, rank) slots to ranks' memory.
     """
-    if not problem.layers_coupled:
-        return True
     num_layers, ranks = len(layers), problem.num_ranks
     used = np.array([np.bincount(x.placement[x.placement >= 0], minlength=ranks) for x in layers])
+    if (used > problem.experts_per_gpu).any():
+        return False
+    if not problem.layers_coupled:
+        return True
     lost = np.array([(layer.placement < 0).sum() for layer in layers])
     source, sink = num_layers + ranks, num_layers + ranks + 1
     flow = np.zeros((sink + 1, sink + 1), dtype=np.int32)

@@ -20,11 +20,12 @@ from .levels import OPTIMAL_GAP
 from .objective import Objective
 from .plan import Plan, Status
 from .problem import Problem, make_problem
-from .repair import Held, improve, least_moved
+from .repair import Held, align, improve, least_moved
 from .solve import Progress, Solution, solve_placement
 from .traffic import Traffic, make_traffic
 from .transfers import Transfer
 
+LEAST = "least moved"
 _SURVIVORS = re.compile(r"(?P<source>.*)@(?P<ranks>[\d,-]+)/(?P<total>\d+)", re.DOTALL)
 
 
@@ -260,14 +261,12 @@ def _options(
 ) -> tuple[Option, ...]:
     """Return the choices by bytes moved: the least, within the budget, and the fastest found."""
     fastest = [layer.shares.argmax(axis=1) for layer in solution.layers]
+    named = [("fastest found", align(problem, held, improve(problem, held, fastest, 0)))]
     least = least_moved(problem, held)
-    named = [("fastest found", fastest)]
     if least is not None:
-        named.insert(0, ("least moved", least))
         if extra_loads:
-            named.insert(1, ("within the budget", improve(problem, held, least, extra_loads)))
-        if extra_loads is None:
-            named[-1] = ("fastest found", improve(problem, held, fastest, 0))
+            named.insert(0, ("within the budget", improve(problem, held, least, extra_loads)))
+        named.insert(0, (LEAST, least))
     return tuple(_option(problem, held, name, placements) for name, placements in named)
 
 
@@ -355,6 +354,10 @@ def _reasons(
         reasons.append(
             f"{best.name} loads {best.loads} experts instead of {chosen.loads} and takes "
             f"{1 - best.seconds / chosen.seconds:.1%} less"
+        )
+    if options[0].name != LEAST:
+        reasons.append(
+            "the survivors cannot keep all they hold and find room for the lost experts too"
         )
     if plan.share_of_slot is not None:
         reasons.append("one copy of every expert is kept: replicas are not planned again")

@@ -16,7 +16,7 @@ from epplan.planner.neighbours import Neighbours
 from epplan.planner.objective import Objective
 from epplan.planner.plan import Plan, plan_problems, read_plan
 from epplan.planner.problem import make_problem
-from epplan.planner.repair import improve, least_moved
+from epplan.planner.repair import align, improve, least_moved
 from epplan.planner.replan import (
     Effort,
     Replanned,
@@ -157,6 +157,21 @@ def test_a_budget_buys_time(seed: int) -> None:
     assert len(bounds) == 1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_aligning_costs_no_time_and_saves_bytes(seed: int) -> None:
+    counts, random = random_counts(seed, 1, 6, 9), np.random.default_rng(seed)
+    problem = tiny_problem(counts, cluster=CLUSTER, experts_per_gpu=2)
+    slots = np.repeat(np.arange(6), 2)
+    held = np.zeros((1, 9, 6), dtype=bool)
+    held[0, np.arange(9), random.permutation(slots)[:9]] = True
+    placement = random.permutation(slots)[:9]
+    (aligned,) = align(problem, held, [placement])
+    assert price(problem, aligned) <= price(problem, placement) * (1 + 1e-9)
+    assert held[0, np.arange(9), aligned].sum() >= held[0, np.arange(9), placement].sum()
+    hosts = np.array([gpu.host for gpu in problem.gpus])
+    assert (hosts[aligned] == hosts[placement]).all()
+
+
 def test_transfers_make_the_new_plan_out_of_the_old() -> None:
     plan, counts = random_plan(1, layers=3), random_counts(1, 3, 6, 6)
     found = run(plan, counts, "h0", extra=None)
@@ -209,6 +224,16 @@ def test_lost_experts_find_room_where_memory_couples_layers() -> None:
     again = np.sum([np.bincount(placement, minlength=4) for placement in better], axis=0)
     assert (again == used).all()
     assert least_moved(replace(problem, slots_of_gpu=np.array([2, 2, 2, 2])), held) is None
+
+
+def test_survivors_that_may_not_keep_all_are_planned_from_scratch() -> None:
+    slots: list[list[int | None]] = [[0, 1, 2, None, 3, None, None, None, None, None, None, None]]
+    plan = plan_of(slots, 4)
+    found = run(plan, random_counts(0, 1, 6, 4), "h1", experts_per_gpu=1)
+    assert all(len(found.plan.experts_of_rank(0, rank)) == 1 for rank in range(4))
+    assert len(found.options) == 1
+    assert any("cannot keep all they hold" in reason for reason in found.plan.reasons)
+    assert {transfer.source for transfer in found.transfers} <= {None, 0, 1}
 
 
 def test_too_few_slots_are_told_with_numbers() -> None:
