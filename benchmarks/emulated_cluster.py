@@ -36,7 +36,7 @@ RULE = "lognormal:1,1"
 TOKENS = 512  # a rank
 LAYERS = 2
 TRACE_WINDOW, TRACE_LAYERS, TRACE_TOP_K = 200, (4, 16), 2  # iteration 2001 of the trace
-TRACE_SHARE = 32  # of so many recorded assignments one is replayed: 512 a rank
+TRACE_SHARE = 64  # of so many recorded assignments one is replayed: 256 a rank
 ERROR_GOAL = 0.15
 BEGIN, END = "<!-- begin: benchmarks/emulated_cluster.py -->\n", "<!-- end -->\n"
 

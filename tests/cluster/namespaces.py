@@ -7,7 +7,7 @@ Both ends of a pair shape what they send, so that each direction of a cable has 
 
 What the links carry shall set the time, not the habits of TCP in long queues:
 - Nothing is ever dropped, as on networks with credits (InfiniBand): queues take more than all
-  connections may have under way, and no timer runs out while a message waits in one.
+  connections may have under way, and no timer or probe sends a frame again that waits in one.
 - No sender waits for receipts, which would queue behind the data of the other direction: windows
   hold a whole message from the start. With windows of 128 kB links loaded in both directions lost
   up to 15 %.
@@ -43,6 +43,7 @@ _SETTINGS = {
     "net.ipv4.tcp_rmem": f"4096 {WINDOW_BYTES} {WINDOW_BYTES}",
     "net.ipv4.tcp_wmem": f"4096 {WINDOW_BYTES} {WINDOW_BYTES}",
     "net.ipv4.tcp_limit_output_bytes": f"{2 * MTU}",
+    "net.ipv4.tcp_early_retrans": "0",
     "net.ipv4.tcp_slow_start_after_idle": "0",
     "net.ipv4.tcp_no_metrics_save": "1",
     "net.ipv6.conf.all.disable_ipv6": "1",
