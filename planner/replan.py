@@ -59,11 +59,11 @@ class Effort:
     progress: Progress
 
 
-def surviving_ranks(plan: Plan, lost_hosts: Sequence[str]) -> list[int]:
-    """Return the ranks on the plan's other hosts.
+def surviving_ranks(plan: Plan, lost_hosts: Sequence[str], cluster: Cluster) -> list[int]:
+    """Return the ranks on the plan's other hosts, in the cluster's order of their GPUs.
 
     Raises:
-        InputError: hosts the plan does not have, or no rank is left.
+        InputError: hosts the plan does not have, no rank is left, or the cluster lacks some.
     """
     hosts = list(dict.fromkeys(rank.host for rank in plan.ranks))
     unknown = [host for host in dict.fromkeys(lost_hosts) if host not in hosts]
@@ -72,27 +72,26 @@ def surviving_ranks(plan: Plan, lost_hosts: Sequence[str]) -> list[int]:
             f"the plan has no host {', '.join(unknown)}",
             hints=[f"its hosts are {', '.join(hosts)}"],
         )
-    left = [rank.rank for rank in plan.ranks if rank.host not in lost_hosts]
+    left = [rank for rank in plan.ranks if rank.host not in lost_hosts]
     if not left:
         raise InputError(f"no rank is left without {', '.join(lost_hosts)}: these are all hosts")
-    return left
-
-
-def surviving_gpus(plan: Plan, survivors: Sequence[int], cluster: Cluster) -> tuple[Gpu, ...]:
-    """Return the GPUs of the surviving ranks.
-
-    Raises:
-        InputError: the cluster lacks some of them.
-    """
-    known = {(gpu.host, gpu.index): gpu for gpu in cluster.gpus()}
-    places = [(plan.ranks[rank].host, plan.ranks[rank].gpu_index) for rank in survivors]
-    missing = [f"{host}/gpu{index}" for host, index in places if (host, index) not in known]
+    number = {(gpu.host, gpu.index): number for number, gpu in enumerate(cluster.gpus())}
+    places = {rank.rank: (rank.host, rank.gpu_index) for rank in left}
+    missing = [
+        f"{host}/gpu{index}" for host, index in places.values() if (host, index) not in number
+    ]
     if missing:
         raise InputError(
             f"{cluster.name} has no {', '.join(missing[:5])}, which ranks of the plan run on",
             hints=["give the topology the plan was made for with --topology SOURCE"],
         )
-    return tuple(known[place] for place in places)
+    return sorted(places, key=lambda rank: number[places[rank]])
+
+
+def surviving_gpus(plan: Plan, survivors: Sequence[int], cluster: Cluster) -> tuple[Gpu, ...]:
+    """Return the GPUs of the surviving ranks."""
+    known = {(gpu.host, gpu.index): gpu for gpu in cluster.gpus()}
+    return tuple(known[plan.ranks[rank].host, plan.ranks[rank].gpu_index] for rank in survivors)
 
 
 def surviving_traffic(
@@ -163,7 +162,7 @@ def replan(
         cluster: with the survivors' GPUs.
         topology_source: what it was loaded from.
         traffic: of the survivors.
-        survivors: ranks of `plan`.
+        survivors: ranks of `plan`, as `surviving_ranks` orders them.
         experts_per_gpu: most experts of one layer on a GPU.
         extra_loads: experts that may be loaded beyond the least number; None: any.
         objective: what is minimised.
@@ -220,7 +219,7 @@ def _traffic_source(plan: Plan) -> tuple[str, list[int], int]:
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """Return rising numbers as `0-3,8-15`."""
+    """Return numbers as `0-3,8-15`, in their order."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and runs[-1][1] == rank - 1:

@@ -67,7 +67,7 @@ def run(
     extra: int | None = 0,
     cluster: Cluster = CLUSTER,
 ) -> Replanned:
-    survivors = surviving_ranks(plan, [lost])
+    survivors = surviving_ranks(plan, [lost], cluster)
     return replan(
         plan,
         cluster,
@@ -250,12 +250,25 @@ def test_too_few_slots_are_told_with_numbers() -> None:
 
 
 def test_hosts_that_are_not_there() -> None:
+    plan = random_plan(0)
     with pytest.raises(InputError, match="the plan has no host h9\nhint: its hosts are h0, h1, h2"):
-        surviving_ranks(random_plan(0), ["h9", "h1"])
+        surviving_ranks(plan, ["h9", "h1"], CLUSTER)
     with pytest.raises(InputError, match="no rank is left without h0, h1, h2"):
-        surviving_ranks(random_plan(0), ["h0", "h1", "h2"])
+        surviving_ranks(plan, ["h0", "h1", "h2"], CLUSTER)
     with pytest.raises(InputError, match="tiny has no h2/gpu0, h2/gpu1, which ranks of the plan"):
-        surviving_gpus(random_plan(0), [0, 1, 4, 5], tiny_cluster((2, 2)))
+        surviving_ranks(plan, ["h1"], tiny_cluster((2, 2)))
+
+
+def test_a_topology_with_its_hosts_in_another_order_numbers_ranks_so() -> None:
+    places = [(host, gpu) for host in ("h2", "h1", "h0") for gpu in range(2)]
+    plan = bare_plan(tiny_model(6), places, [[0, 1, 2, 3, 4, 5]])
+    counts = random_counts(2, 1, 6, 6)
+    survivors = surviving_ranks(plan, ["h1"], CLUSTER)
+    assert survivors == [4, 5, 0, 1]
+    found = run(plan, counts, "h1")
+    assert [rank.host for rank in found.plan.ranks] == ["h0", "h0", "h2", "h2"]
+    assert 4 in found.plan.experts_of_rank(0, 0)
+    assert 1 in found.plan.experts_of_rank(0, 3)
 
 
 def epplan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -138,8 +138,8 @@ def _replan(
     from epplan.planner.replan import Effort, replan, surviving_ranks, surviving_traffic
 
     budget = _extra_loads(extra, before)
-    survivors = surviving_ranks(before, hosts)
     cluster = _load_cluster(before, topology, gpu_model)
+    survivors = surviving_ranks(before, hosts, cluster)
     return replan(
         before,
         cluster,

@@ -23,7 +23,7 @@ from tests.cluster.proof import Proof, load_problem, prove, rule_counts, solve, 
 
 ROOT = Path(__file__).parents[2]
 FABRIC = UNEVEN.scaled(2)
-TOKENS = 384  # a rank: an all-to-all takes 0.5 s and more
+TOKENS = 320  # a rank: an all-to-all takes half a second and more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
