@@ -83,9 +83,7 @@ def _prove(fabric: Fabric, traffic: str, counts: Counts, top_k: int, repeats: in
         plan = solve(cluster, model, load, experts_per_gpu)
         problem = load_problem(cluster, model, load, experts_per_gpu)
         store = folder / "store"
-        return prove(
-            fabric, traffic, plan, problem, emulation, store, repeats=repeats, seeds=(0, 1)
-        )
+        return prove(fabric, traffic, plan, problem, emulation, store, repeats=repeats)
 
 
 def _gain_table(proofs: list[Proof]) -> Iterator[str]:

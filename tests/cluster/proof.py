@@ -4,6 +4,7 @@ What epplan is given are three files, as a user would give them: a cluster file 
 capacities, a model and recorded counts. All-to-alls are then replayed on the emulated cluster.
 """
 
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -155,6 +156,7 @@ def prove(
         fabric.num_ranks,
         emulation,
         store,
+        multiprocessing.get_context("fork").Barrier(fabric.num_ranks),
         exchanges,
         problem.model.row_bytes,
         repeats,
