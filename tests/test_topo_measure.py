@@ -149,6 +149,29 @@ def test_links_of_different_ratings_are_fitted_apart(tmp_path: Path) -> None:
     assert measured.link("leaf0", "spine").provenance == "read"  # no pair fills it
 
 
+def test_a_link_no_pair_fills_is_not_taken_for_the_slower_ones(tmp_path: Path) -> None:
+    one = {"gpu": "h100-sxm", "gpus": 1, "nic": "connectx-7", "nics": 1}
+    document = {
+        "schema_version": 1,
+        "name": "one-fast",
+        "host_types": {"fast": one, "slow": {**one, "nic_rate": "100Gb/s"}},
+        "hosts": [
+            {"names": "h0", "type": "fast", "leafs": ["leaf"]},
+            {"names": "h[1-2]", "type": "slow", "leafs": ["leaf"]},
+        ],
+        "switches": [{"names": "leaf"}],
+    }
+    cluster = read_cluster_file(document, "one-fast").build("")
+    rate = 0.8 * 100e9 / 8
+    found = measure(cluster, times(cluster, {(0, 1): rate, (0, 2): rate, (1, 2): rate}), 0.5)
+    path = tmp_path / "measured.yaml"
+    path.write_text(cluster_text(cluster, "test"))
+    path.write_text(measured_text(str(path), cluster, "test", found.rows))
+    measured = load_cluster(str(path))
+    assert measured.link("h0/nic0", "leaf").capacity_bytes_per_s == pytest.approx(0.8 * 400e9 / 8)
+    assert measured.link("h1/nic0", "leaf").capacity_bytes_per_s == pytest.approx(rate)
+
+
 def uneven_cluster() -> Cluster:
     """Return hosts of one GPU, two a leaf; one NIC and one leaf's uplink are slow."""
     rates = ["400Gb/s", "400Gb/s", "400Gb/s", "50Gb/s"]

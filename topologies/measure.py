@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from epplan.errors import InputError
 from epplan.files import parse_yaml, read_text, validate
 
-from .graph import Cluster, Gpu
+from .graph import Cluster, Gpu, NetworkSwitch
 from .host_paths import PATH_TYPES
 from .measured import LIMITED_BY, MeasuredRecord
 from .routes import Routes, find_routes
@@ -149,7 +149,9 @@ def measure(cluster: Cluster, times: LinkTimes, slow_below: float) -> Measuremen
     for pair in times.pairs:
         points[pair.ranks].append((pair.bytes, pair.seconds))
     paths = _by_path(
-        routes, {ranks: (number[gpus[ranks[0]]], number[gpus[ranks[1]]]) for ranks in points}
+        cluster,
+        routes,
+        {ranks: (number[gpus[ranks[0]]], number[gpus[ranks[1]]]) for ranks in points},
     )
     classes = {key: {ranks: points[ranks] for ranks in members} for key, members in paths.items()}
     num_paths = len({key.path for key in classes})
@@ -179,10 +181,13 @@ def fit(points: Iterable[Point]) -> tuple[float, float]:
     return float(latency), 1 / float(per_byte)
 
 
-def _by_path(routes: Routes, places: dict[Ranks, Ranks]) -> dict[_Class, list[Ranks]]:
-    """Return the pairs of every path type, by rating where their slowest links differ in it.
+def _by_path(
+    cluster: Cluster, routes: Routes, places: dict[Ranks, Ranks]
+) -> dict[_Class, list[Ranks]]:
+    """Return the pairs of every path type, by rating where links that limit it differ in it.
 
     Args:
+        cluster: the cluster.
         routes: the routes.
         places: numbers of a pair's GPUs in `routes`.
     """
@@ -195,9 +200,23 @@ def _by_path(routes: Routes, places: dict[Ranks, Ranks]) -> dict[_Class, list[Ra
     if len(found) == 1 and (path := next(iter(found))) in _SHARED:
         return {_Class(path=path, rated=None): list(places)}
     return {
-        _Class(path=path, rated=rating if len(ratings) > 1 else None): members
+        _Class(
+            path=path,
+            rated=rating if ratings.keys() | _ratings(cluster, path) != {rating} else None,
+        ): members
         for path, ratings in found.items()
         for rating, members in sorted(ratings.items(), reverse=True)
+    }
+
+
+def _ratings(cluster: Cluster, path: str) -> set[int]:
+    """Return the ratings of the links that limit a type of path, but for those between switches."""
+    return {
+        round(link.rated_bytes_per_s)
+        for tail, head, link in cluster.links()
+        if link.kind == LIMITED_BY.get(path)
+        and link.rated_bytes_per_s
+        and not all(isinstance(cluster.node(end), NetworkSwitch) for end in (tail, head))
     }
 
 
