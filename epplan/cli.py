@@ -16,6 +16,7 @@ _COMMANDS = {
     "solve": "epplan.commands.solve:solve",
     "explain": "epplan.commands.explain:explain",
     "rebalance": "epplan.commands.rebalance:rebalance",
+    "replan": "epplan.commands.replan:replan",
     "launch": "epplan.commands.launch:launch",
     "bench": "epplan.commands.bench:bench",
     "doctor": "epplan.commands.doctor:doctor",
