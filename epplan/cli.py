@@ -16,6 +16,7 @@ _COMMANDS = {
     "solve": "epplan.commands.solve:solve",
     "explain": "epplan.commands.explain:explain",
     "launch": "epplan.commands.launch:launch",
+    "simulate": "epplan.commands.simulate:simulate",
 }
 
 
