@@ -99,11 +99,14 @@ def run(tasks: Sequence[Task], num_ranks: int) -> Timeline:
 
 
 def in_one_stream(tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks without overlap: everything waits for its turn, on every rank."""
+    """Return the tasks without overlap: a rank computes or takes part in a collective.
+
+    What joins the stages of a pipeline keeps its own streams.
+    """
     return [
         Task(
             name=task.name,
-            stream="all",
+            stream="all" if task.stream in ("compute", "network") else task.stream,
             seconds=task.seconds,
             after=task.after,
             group=task.group,

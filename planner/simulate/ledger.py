@@ -53,6 +53,7 @@ class Ledger:
         after: tuple[int, ...],
         at: At,
         ranks: Ints | None = None,
+        stream: str = "network",
     ) -> int:
         """Issue a collective of all ranks, or of some, and return the task's number."""
         self.resource_bytes += cost.bytes
@@ -62,7 +63,7 @@ class Ledger:
         if ranks is not None:
             seconds = _only(seconds, ranks)
         group = np.zeros(self.num_ranks, dtype=np.intp)
-        return self._issue(name, "network", seconds, after, group, at)
+        return self._issue(name, stream, seconds, after, group, at)
 
     def _issue(
         self,

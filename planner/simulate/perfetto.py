@@ -13,8 +13,6 @@ from epplan.files import write_atomically
 
 from .events import Timeline
 
-_STREAMS = {"compute": 0, "network": 1, "all": 0}
-
 
 def write_trace(path: Path, timeline: Timeline, ranks: list[str]) -> None:
     """Write every task of every rank; compressed if the name ends in .gz.
@@ -33,15 +31,16 @@ def write_trace(path: Path, timeline: Timeline, ranks: list[str]) -> None:
 
 
 def _events(timeline: Timeline, ranks: list[str]) -> Iterator[str]:
-    streams = dict.fromkeys(task.stream for task in timeline.tasks)
+    names = dict.fromkeys(task.stream for task in timeline.tasks)
+    streams = {name: number for number, name in enumerate(names)}
     for number, rank in enumerate(ranks):
         yield _name("process_name", number, 0, rank)
         for stream in streams:
             label = "compute and network" if stream == "all" else stream
-            yield _name("thread_name", number, _STREAMS[stream], label)
+            yield _name("thread_name", number, streams[stream], label)
     for task, begin, end in zip(timeline.tasks, timeline.begin, timeline.end, strict=True):
         name = json.dumps(f"{task.name} L{task.layer} mb{task.micro_batch}")
-        thread, category = _STREAMS[task.stream], json.dumps(task.name)
+        thread, category = streams[task.stream], json.dumps(task.name)
         for process in np.flatnonzero(~np.isnan(begin)).tolist():
             start, length = begin[process] * 1e6, (end[process] - begin[process]) * 1e6
             yield (

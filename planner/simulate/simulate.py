@@ -159,7 +159,7 @@ def _of_window(scene: Scene, usage: Usage, layout: Layout, window: int) -> Outco
     step_s = _last_step_s(program, timeline)
     steps = len(program.last_of_step)
     network = np.sum(
-        [np.nan_to_num(task.seconds) for task in tasks if task.stream == "network"]
+        [np.nan_to_num(task.seconds) for task in tasks if task.stream != "compute"]
         or [np.zeros(scene.num_ranks)],
         axis=0,
     )

@@ -99,7 +99,14 @@ class _Stages:
             if self._layout.pp > 1:
                 both = np.concatenate([ranks, self._ranks[(stage + 1) % self._layout.pp]])
                 ready[mb] = (
-                    self.ledger.transfer("next stage", self._hand_on[stage], ready[mb], at, both),
+                    self.ledger.transfer(
+                        "next stage",
+                        self._hand_on[stage],
+                        ready[mb],
+                        at,
+                        both,
+                        f"after stage {stage}",
+                    ),
                 )
 
     def _on(self, stage: int, make: Callable[[Device, Floats], Work]) -> Work:
