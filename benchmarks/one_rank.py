@@ -8,8 +8,13 @@ What one of 16 GPUs computes for one new token of 1024 sequences:
     tp8pp2    a pipeline stage: 2 layers, an eighth of the heads and of all 16 experts, 512
               sequences a pass (two passes make a step) or 1024 (one pass a stage)
 
-Well run: a CUDA graph, the experts of tp8pp2 as one batched product. Naive: launched piece by
-piece, experts one after another, each picking its rows with a mask. Rows are spread evenly.
+    graph     a CUDA graph, the experts of tp8pp2 as one batched product
+    bare      the same without norms, router, sorting and gathering of rows: the most that fused
+              kernels could save
+    eager     without a graph
+    naive     without a graph, experts one after another, each picking its rows with a mask
+
+Rows are spread evenly.
 
 Shapes: B sequences, R rows, H hidden size, E experts, F width of an expert, S cached positions.
 """
@@ -55,9 +60,9 @@ class Rank:
             torch.zeros(shape, device="cuda", dtype=torch.float16) for _ in "kv"
         )
 
-    def attention(self, x_BH: Tensor) -> Tensor:
+    def attention(self, x_BH: Tensor, *, norm: bool = True) -> Tensor:
         """Return attention of one new token a sequence; its key and value join the cache."""
-        query, key, value = F.linear(rms_norm(x_BH), self.qkv).chunk(3, -1)
+        query, key, value = F.linear(rms_norm(x_BH) if norm else x_BH, self.qkv).chunk(3, -1)
         heads = (self.batch, self.heads, 1, SPEC.attention.head_dim)
         self.key[:, :, -1:] = key.view(heads)
         self.value[:, :, -1:] = value.view(heads)
@@ -85,6 +90,15 @@ class Rank:
         rows_ERH = torch.unflatten(h_BH[order], 0, (len(self.up_EHF), -1))
         out = torch.bmm(F.gelu(torch.bmm(rows_ERH, self.up_EHF)), self.down_EFH)
         return x_BH + out.flatten(0, 1)[order.argsort()]
+
+    def bare_layer(self, x_BH: Tensor) -> Tensor:
+        """Return attention and experts alone: what is left if all else were fused into them."""
+        x_BH = self.attention(x_BH, norm=False)
+        if len(self.up_EHF) == 1:
+            return x_BH + self.expert(x_BH, 0)
+        rows_ERH = torch.unflatten(x_BH, 0, (len(self.up_EHF), -1))
+        out = torch.bmm(F.gelu(torch.bmm(rows_ERH, self.up_EHF)), self.down_EFH)
+        return x_BH + out.flatten(0, 1)
 
     def naive_layer(self, x_BH: Tensor, choice_B: Tensor) -> Tensor:
         """Return a layer's output, one expert after another."""
@@ -162,10 +176,12 @@ def measure(context: int) -> list[dict[str, Any]]:
     work = _run([rank.ep_layer for rank in ranks], 64)
     note("ep16", "graph", 64, _graph_seconds(work))
     note("ep16", "eager", 64, _seconds(work))
+    note("ep16", "bare", 64, _graph_seconds(_run([rank.bare_layer for rank in ranks], 64)))
     del ranks, work
     for batch in (512, 1024):
         ranks = _layout(context, 2, 16, batch, 2)
         note("tp8pp2", "graph", batch, _graph_seconds(_run([x.tp_layer for x in ranks], batch)))
+        note("tp8pp2", "bare", batch, _graph_seconds(_run([x.bare_layer for x in ranks], batch)))
         choice = torch.arange(batch, device="cuda") % 16
         naive: list[Layer] = [
             lambda x, rank=rank, choice=choice: rank.naive_layer(x, choice)  # type: ignore[misc]

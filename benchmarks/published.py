@@ -8,12 +8,13 @@ the evaluator the planner uses. Errors are of time: predicted / published - 1.
 
     used       the rows a profile's figures were fitted on (`FITTED`); --fit fits them again
     not used   all other rows of a library that has a profile
-    others     libraries without a profile, priced as the nearest one: no claim
+    no claim   libraries without a profile, priced as the nearest one, and kernels on more NVLink
+               peers than they are built for
     left out   by what the row's own note or definition says, never by its error
 
 A row is left out when its note calls it suspect, negative, stale or low; when a later version of
 the same page gives the same case anew; when hardware, routing or bytes are not stated or contradict
-each other; when it is no all-to-all; and where a kernel ran outside what it is built for.
+each other; and when it is no all-to-all.
 """
 
 import csv
@@ -53,6 +54,7 @@ WAYS = ("dispatch", "combine")
 _GPUS = (  # first match in the hardware's text
     ("GB200", "gb200"),
     ("B200", "b200"),
+    ("B300", "b300"),
     ("SM100", "b200"),
     ("H800", "h800"),
     ("H200", "h200"),
@@ -61,6 +63,9 @@ _GPUS = (  # first match in the hardware's text
     ("H20", "h20"),
     ("A100", "a100"),
     ("V100", "v100"),
+    ("MI300X", "mi300x"),
+    ("MI325X", "mi325x"),
+    ("MI355X", "mi355x"),
 )
 _DTYPES = {
     "FP8": "fp8",
@@ -82,7 +87,7 @@ class Case:
     profile: str
     seconds: float  # published
     used: bool = False
-    other: bool = False  # another library than the profile's
+    outside: str = ""  # why nothing is claimed, if so
 
     def predicted(self, profile: TransferProfile) -> float:
         """Return the seconds the model says."""
@@ -162,15 +167,29 @@ def _left_out(row: Row, profile: str, superseded: bool) -> str | None:
         return "one figure for two transfers"
     if _gpu(row) is None:
         return "hardware not stated"
+    if not (row["ep_size"].isdecimal() and row["gpus_per_node"].isdecimal()):
+        return "group not stated"
+    sizes = [row[name] for name in ("tokens", "hidden", "topk")]
+    if not profile.startswith("nccl") and not all(size.isdecimal() for size in sizes):
+        return "tokens, hidden size or top-k not stated"
+    if row["dtype_dispatch"] not in _DTYPES or row["dtype_combine"] not in _DTYPES:
+        return "number format not stated"
     stated = re.search(r"(\d+) MB received per rank", row["notes"])
     if stated and row["tokens"]:
         most = int(row["ep_size"]) * int(row["tokens"]) * int(row["hidden"]) * 2 / 1e6
         if float(stated[1]) > most:
             return f"its note's {stated[1]} MB a rank exceed the {most:.0f} MB its sizes allow"
+    return None
+
+
+def _outside(row: Row, profile: str, other: bool) -> str:
+    """Return why nothing is claimed about a row that is priced all the same."""
+    if other:
+        return f"{row['source'].split('/')[-1]}, as {profile}"
     limit = transfer_profile(profile).max_island
     if limit and int(row["ep_size"]) > limit and "NVL72" in row["hardware"]:
-        return f"more than the kernel's {limit} NVLink peers"
-    return None
+        return f"{profile}, more than its {limit} NVLink peers"
+    return ""
 
 
 def _gpu(row: Row) -> str | None:
@@ -178,7 +197,8 @@ def _gpu(row: Row) -> str | None:
 
 
 def _nic(row: Row) -> str:
-    return "200Gb/s" if "CX-6" in row["hardware"] else "400Gb/s"
+    known = {"CX-6": "200Gb/s", "CX-8": "800Gb/s"}
+    return next((rate for name, rate in known.items() if name in row["hardware"]), "400Gb/s")
 
 
 def cases(rows: list[Row]) -> tuple[list[Case], dict[str, int]]:
@@ -197,14 +217,15 @@ def cases(rows: list[Row]) -> tuple[list[Case], dict[str, int]]:
         if reason:
             reasons[f"{profile}: {reason}"] += 1
             continue
+        outside = _outside(row, profile, other)
         found = [
             Case(
                 row=row,
                 way=way,
                 profile=profile,
                 seconds=seconds,
-                used=not other and FITTED[profile](row, way),
-                other=other,
+                used=not outside and FITTED[profile](row, way),
+                outside=outside,
             )
             for way in WAYS
             if (seconds := _published_seconds(row, way)) is not None
@@ -433,12 +454,12 @@ def summary(judged: list[tuple[Case, float]]) -> Iterator[str]:
     yield "| library | rows | figures | median error | worst error | worst row |"
     yield "|---|---|---|---|---|---|"
     for title, used in (("not used", False), ("used", True)):
-        of_group = [(c, error) for c, error in judged if c.used == used and not c.other]
+        of_group = [(c, error) for c, error in judged if c.used == used and not c.outside]
         for name in [*dict.fromkeys(case.profile for case, _ in of_group), ""]:
             yield _line(name or "all", title, [x for x in of_group if name in ("", x[0].profile)])
-    others = [(case, error) for case, error in judged if case.other]
-    if others:
-        yield _line("others, as deepep-ll", "no claim", others)
+    for outside in dict.fromkeys(case.outside for case, _ in judged if case.outside):
+        of_group = [(case, error) for case, error in judged if case.outside == outside]
+        yield _line(outside, "no claim", of_group)
 
 
 def _line(name: str, title: str, of: list[tuple[Case, float]]) -> str:
@@ -467,9 +488,9 @@ def main(rows: Path, fit_again: bool, every_row: bool) -> None:
     judged = errors(compared)
     if every_row:
         for case, error in sorted(judged, key=lambda item: (item[0].profile, item[0].used)):
-            mark = "other" if case.other else "used" if case.used else ""
+            mark = "no claim" if case.outside else "used" if case.used else ""
             click.echo(
-                f"{error:+7.1%} {case.seconds * 1e6:8.1f} us {case.profile:14} {mark:5} "
+                f"{error:+7.1%} {case.seconds * 1e6:8.1f} us {case.profile:14} {mark:8} "
                 f"{case.title}"
             )
     for line in summary(judged):

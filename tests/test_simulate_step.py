@@ -222,6 +222,22 @@ def test_a_layout_that_does_not_fit_is_refused_with_every_reason() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("source", "library", "problem"),
+    [
+        ("4x4:gb200,domain=4", "deepep-normal", "deepep-normal reaches 8 ranks by NVLink, not 16"),
+        ("dgx-h100-2", "trtllm", "trtllm works inside one NVLink domain, not across dgx01's"),
+    ],
+)
+def test_a_library_is_refused_where_it_does_not_run(
+    source: str, library: str, problem: str
+) -> None:
+    usage = decode(transfer=transfer_profile(library))
+    with pytest.raises(InputError) as caught:
+        simulate(reference_scene(load_cluster(source)), usage, Layout(ep=16))
+    assert caught.value.problems == (problem,)
+
+
 def test_a_trace_has_every_task_of_every_rank_in_order(tmp_path: Path) -> None:
     scene = reference_scene()
     outcome = simulate(scene, decode(micro_batches=2), Layout(ep=16))

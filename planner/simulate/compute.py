@@ -26,6 +26,7 @@ class Part:
 
     model: ModelSpec
     tp: int = 1
+    norm_share: float = 1.0  # of the tokens that this part normalises (sequence parallelism)
 
     @property
     def heads(self) -> AttentionSpec:
@@ -51,7 +52,7 @@ def attention(part: Part, device: Device, phase: Phase, sequences: Floats, conte
     model = part.model
     tokens = sequences * (context if phase == "prefill" else 1)
     width = model.hidden_size + part.heads.num_heads * part.heads.head_dim
-    work = device.norm_rows(tokens, model.row_bytes)
+    work = device.norm_rows(tokens * part.norm_share, model.row_bytes)
     work += device.linear(part.attention_weights, tokens, model.weight_bytes, 2 * width)
     if phase == "prefill":
         return work + device.prefill_attention(part.heads, sequences, context)
@@ -63,7 +64,7 @@ def attention(part: Part, device: Device, phase: Phase, sequences: Floats, conte
 def route(part: Part, device: Device, tokens: Floats) -> Work:
     """Return norm, router and the sorting of rows by expert, [ranks]."""
     model = part.model
-    work = device.norm_rows(tokens, model.row_bytes)
+    work = device.norm_rows(tokens * part.norm_share, model.row_bytes)
     weights = model.num_experts * model.hidden_size
     work += device.linear(weights, tokens, model.weight_bytes, model.hidden_size)
     # Scores, choice, sort and counts: small kernels, then the rows themselves.

@@ -58,7 +58,7 @@ def expert_parallel(scene: Scene, usage: Usage, window: int) -> Program:
     head = on_ranks(lambda d, r: compute.head(part, d, sequences[r]))
     layers = _MoeLayers(scene, usage, window, float(tokens[0]))
 
-    ledger = Ledger(scene.routes)
+    ledger = Ledger(scene.routes, usage.compute_factor)
     ready: list[tuple[int, ...]] = [()] * parts
     ordinal = {layer: number for number, layer in enumerate(model.moe_layers)}
     for layer in range(model.num_layers):

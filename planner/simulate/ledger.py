@@ -20,10 +20,12 @@ class Ledger:
 
     Args:
         routes: of the group; its resources are the ones transfers use.
+        compute_factor: on all computing.
     """
 
-    def __init__(self, routes: Routes) -> None:
+    def __init__(self, routes: Routes, compute_factor: float) -> None:
         self.routes = routes
+        self._compute_factor = compute_factor
         self.num_ranks = len(routes.gpus)
         self.tasks: list[Task] = []
         self.work = Work.nothing(self.num_ranks)
@@ -41,7 +43,7 @@ class Ledger:
     ) -> int:
         """Issue computing on all ranks, or on some, and return the task's number."""
         self.work += work
-        seconds = work.seconds
+        seconds = work.seconds * self._compute_factor
         if ranks is not None:
             seconds = _only(seconds, ranks)
         return self._issue(name, "compute", seconds, after, None, at)

@@ -81,6 +81,7 @@ class Usage:
         naive: experts one after another, launched piece by piece.
         transfer: the library that moves tokens.
         dispatch_dtype: of rows on their way to experts; None is the model's.
+        compute_factor: measured over modelled computing, where the same step was measured whole.
     """
 
     phase: Phase
@@ -91,6 +92,7 @@ class Usage:
     naive: bool = False
     transfer: TransferProfile
     dispatch_dtype: WireDtype | None = None
+    compute_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Simulate a step and say how long it takes, what limits it, and what the hardware would allow."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from .ledger import Ledger, Program
 from .memory import Memory, memory
 from .scene import Floats, Layout, Scene, Usage
 from .tensor_parallel import tensor_parallel
+from .transfers import TransferProfile
 
 AUTOMATIC = (1, 2, 4, 8)  # micro-batches tried
 _MOST_OF_A_KIND = 32  # links in the report
@@ -131,13 +133,18 @@ def check(scene: Scene, usage: Usage, layout: Layout) -> None:
     ):
         if size % layout.tp:
             problems.append(f"{name} {size} cannot be cut in {layout.tp} shares")
-    limit = usage.transfer.max_island
-    if layout.is_expert_parallel and limit:
-        island = int((scene.routes.path_type[0] != _NET).sum())
-        if island > limit:
-            problems.append(f"{usage.transfer.name} reaches {limit} ranks by NVLink, not {island}")
+    if layout.is_expert_parallel:
+        problems += _library_problems(scene, usage.transfer)
     if problems:
         raise InputError(f"layout {layout} cannot be simulated", problems=problems)
+
+
+def _library_problems(scene: Scene, library: TransferProfile) -> Iterator[str]:
+    island = int((scene.routes.path_type[0] != _NET).sum())
+    if library.max_island and island > library.max_island:
+        yield f"{library.name} reaches {library.max_island} ranks by NVLink, not {island}"
+    if not library.crosses_network and island < scene.num_ranks:
+        yield f"{library.name} works inside one NVLink domain, not across {scene.gpus[0].host}'s"
 
 
 def _of_windows(scene: Scene, usage: Usage, layout: Layout) -> Outcome:
@@ -173,7 +180,7 @@ def _of_window(scene: Scene, usage: Usage, layout: Layout, window: int) -> Outco
         tokens=usage.batch * (usage.context if usage.phase == "prefill" else 1),
         limits=limits,
         floor_s=max(limit.floor_s for limit in limits),
-        compute_s=float(program.ledger.work.seconds.max()) / steps,
+        compute_s=float(program.ledger.work.seconds.max()) / steps * usage.compute_factor,
         transfer_s=float(network.max()) / steps,
         memory=tuple(memory(scene, usage, layout, window)),
         timeline=timeline,

@@ -53,8 +53,12 @@ class _Stages:
 
     def __init__(self, scene: Scene, usage: Usage, layout: Layout, window: int) -> None:
         self._scene, self._usage, self._layout = scene, usage, layout
-        self.ledger = Ledger(scene.routes)
-        self._part = Part(model=scene.model, tp=layout.tp)
+        self.ledger = Ledger(scene.routes, usage.compute_factor)
+        # Sequence parallelism: an all-reduce in two halves, norms on a share of the tokens between.
+        shared_norms = usage.phase == "prefill" and not usage.naive
+        self._part = Part(
+            model=scene.model, tp=layout.tp, norm_share=1 / layout.tp if shared_norms else 1.0
+        )
         copies = scene.num_ranks // layout.size
         self._sequences = -(-usage.batch // copies) / usage.micro_batches
         self._tokens = self._sequences * (usage.context if usage.phase == "prefill" else 1)

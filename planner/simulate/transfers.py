@@ -86,6 +86,7 @@ class TransferProfile(_Record):
     sm: SmCopies | None = None
     floor: Floor | None = None
     max_island: int | None = None  # ranks that reach each other by NVLink; None: any
+    crosses_network: bool = True
     source: str
 
     def row_bytes(self, hidden: int, dtype: WireDtype) -> float:
