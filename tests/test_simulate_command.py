@@ -112,6 +112,7 @@ def test_a_solved_plan_keeps_its_placement_traffic_and_topology(tmp_path: Path) 
     without = data(str(plan), *step, "--without-host", "dgx02")
     assert without["gpus"] == 8
     assert "without dgx02: 8 GPUs fewer" in without["remarks"][1]
+    assert data(str(plan), *step, "--load", "uniform")["step_s"] < found["step_s"]
     cluster.write_text(bundled.read_text() + "# changed\n")
     with pytest.raises(InputError, match="was changed after planning"):
         data(str(plan))

@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_evaluator() -> None:
 @given(
     st.sampled_from(["decode", "prefill"]),
     st.integers(1, 4),
-    st.integers(64, 2000),
+    st.integers(256, 2000),
     st.sampled_from(["nccl", "deepep-ll", "deepep-normal"]),
 )
 def test_overlap_lies_between_the_longer_part_and_the_sum(
@@ -209,6 +209,12 @@ def test_layouts_are_read_as_written(text: str, layout: Layout) -> None:
 def test_other_layouts_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=f"^unknown layout: {text}\nhint: ep16"):
         parse_layout(text)
+
+
+def test_more_micro_batches_than_sequences_are_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        simulate(reference_scene(), decode(batch=32, micro_batches=4), Layout(ep=16))
+    assert caught.value.problems == ("4 micro-batches of 2 sequences",)
 
 
 def test_a_layout_that_does_not_fit_is_refused_with_every_reason() -> None:

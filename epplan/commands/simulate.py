@@ -55,7 +55,7 @@ _SEQUENCES_PER_GPU = {"decode": 64, "prefill": 1}
 @click.option(
     "--load", help="Traffic (as in solve): uniform, zipf[:s], lognormal[:s[,skew]], .npz."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of traffic that is drawn.")
+@click.option("--seed", type=int, help="Of traffic that is drawn; the plan's, or 0.")
 @click.option(
     "--device-profile",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -170,7 +170,7 @@ class _Asked:
     transfer: str
     dispatch_dtype: str | None
     load: str | None
-    seed: int
+    seed: int | None
     device_profile: Path | None
     without_host: tuple[str, ...]
     nic: str | None
@@ -285,9 +285,10 @@ def _planned_scene(asked: _Asked, path: Path) -> tuple["Scene", list[str]]:
 
     plan = read_plan(path)
     cluster = _planned_cluster(asked, plan)
-    load = Load(
-        source=asked.load or plan.inputs.traffic.source, seed=asked.seed or plan.inputs.seed
-    )
+    load = None
+    if asked.load is not None or asked.seed is not None:
+        source = asked.load or plan.inputs.traffic.source
+        load = Load(source=source, seed=plan.inputs.seed if asked.seed is None else asked.seed)
     changed, remarks = _what_if(asked, cluster)
     scene, moved = scene_of_plan(plan, changed, load, _devices(asked, cluster))
     if asked.replicas:
@@ -339,7 +340,7 @@ def _laid_out_scene(asked: _Asked, topology: str, model: str) -> tuple["Scene", 
         changed,
         spec,
         _group_size(layout, changed, spec),
-        Load(source=asked.load or "uniform", seed=asked.seed),
+        Load(source=asked.load or "uniform", seed=asked.seed or 0),
         _devices(asked, cluster),
         replicas=asked.replicas,
     )

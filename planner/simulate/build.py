@@ -30,26 +30,25 @@ class Load:
 
 
 def scene_of_plan(
-    plan: Plan, cluster: Cluster, load: Load, devices: Mapping[str, Device]
+    plan: Plan, cluster: Cluster, load: Load | None, devices: Mapping[str, Device]
 ) -> tuple[Scene, list[str]]:
     """Return a plan's scene, and what was changed because the cluster is not the planned one.
 
     Args:
         plan: the plan.
         cluster: where it runs; planned hosts may be missing, their experts move.
-        load: traffic.
+        load: other traffic than the plan's.
         devices: by GPU model; others are bundled or derived.
 
     Raises:
-        InputError: GPUs are not in the plan's order, or none is left.
+        InputError: GPUs are not in the plan's order, none is left, or its traffic has changed.
     """
     by_place = {(gpu.host, gpu.index): gpu for gpu in cluster.gpus()}
     kept = [r.rank for r in plan.ranks if (r.host, r.gpu_index) in by_place]
     if not kept:
         raise InputError(f"none of the plan's {plan.world_size} GPUs is in {cluster.name}")
     gpus = tuple(by_place[plan.ranks[rank].host, plan.ranks[rank].gpu_index] for rank in kept)
-    traffic = make_traffic(load.source, plan.model, plan.world_size, None, load.seed)
-    counts = _per_token(traffic, plan.model)[:, :, kept]
+    counts = _per_token(_traffic(plan, load), plan.model)[:, :, kept]
     planned = [_planned(plan, layer) for layer in range(plan.model.num_moe_layers)]
     shares, moved = [], 0
     for layer, of_layer in enumerate(planned):
@@ -65,6 +64,21 @@ def scene_of_plan(
             "copies moved to the GPUs with fewest rows"
         )
     return _scene(cluster, gpus, plan.model, counts, tuple(shares), devices), remarks
+
+
+def _traffic(plan: Plan, load: Load | None) -> Traffic:
+    planned = plan.inputs.traffic
+    asked = load or Load(source=planned.source, seed=plan.inputs.seed)
+    traffic = make_traffic(asked.source, plan.model, plan.world_size, None, asked.seed)
+    if load is None and traffic.sha256 != planned.sha256:
+        raise InputError(
+            f"the plan's traffic {planned.source} was changed after planning",
+            hints=[
+                "make the plan again with `epplan solve`",
+                f"or say that this is meant: --load {planned.source}",
+            ],
+        )
+    return traffic
 
 
 def scene_of_cluster(

@@ -105,9 +105,10 @@ def simulate(scene: Scene, usage: Usage, layout: Layout, *, automatic: bool = Fa
     check(scene, usage, layout)
     if not automatic:
         return _of_windows(scene, usage, layout)
-    per_holder = usage.batch * (1 if layout.is_expert_parallel else layout.size) / scene.num_ranks
+    holders = scene.num_ranks if layout.is_expert_parallel else scene.num_ranks // layout.size
+    sequences = -(-usage.batch // holders)
     least = 1 if layout.is_expert_parallel else layout.pp
-    tried = [n * least for n in AUTOMATIC if n * least <= max(per_holder, least)]
+    tried = [n * least for n in AUTOMATIC if n * least <= sequences] or [1]
     outcomes = [_of_windows(scene, replace(usage, micro_batches=n), layout) for n in tried]
     fitting = [outcome for outcome in outcomes if outcome.fits] or outcomes
     return min(fitting, key=lambda outcome: outcome.step_s)
@@ -127,6 +128,10 @@ def check(scene: Scene, usage: Usage, layout: Layout) -> None:
         problems.append(f"{layout} needs a multiple of {layout.size} GPUs, not {ranks}")
     if layout.pp > model.num_layers:
         problems.append(f"{layout.pp} stages for {model.num_layers} layers")
+    holders = ranks if layout.is_expert_parallel else max(1, ranks // layout.size)
+    sequences = -(-usage.batch // holders)
+    if usage.phase == "decode" and usage.micro_batches > sequences:
+        problems.append(f"{usage.micro_batches} micro-batches of {sequences} sequences")
     for name, size in (
         ("attention heads", model.attention.num_heads),
         ("expert width", model.expert_ffn_size),
