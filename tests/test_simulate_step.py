@@ -76,6 +76,18 @@ def test_overlap_lies_between_the_longer_part_and_the_sum(
     assert overlapped.step_s >= overlapped.floor_s * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("layout", ["tp8pp2", "tp4pp4", "tp2pp4"])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_overlap_in_a_pipeline_is_never_slower(layout: str, parts: int) -> None:
+    scene = reference_scene()
+    for phase in ("decode", "prefill"):
+        usage = decode(phase=phase, micro_batches=parts)
+        overlapped = simulate(scene, usage, parse_layout(layout))
+        added = simulate(scene, replace(usage, overlap=False), parse_layout(layout))
+        assert overlapped.step_s <= added.step_s * (1 + 1e-9)
+        assert overlapped.step_s >= overlapped.compute_s * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("layout", ["ep16", "tp8pp2", "tp4pp4"])
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_faster_nics_are_never_slower(layout: str, phase: str) -> None:

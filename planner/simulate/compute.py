@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from epplan.planner.model import DTYPE_BYTES, AttentionSpec, ModelSpec
 
-from .device import Device, Work
+from .device import Device
 from .scene import Phase
+from .work import Work
 
 Floats = npt.NDArray[np.float64]
 # Beside its two products, an expert that is picked with a mask and launched piece by piece costs

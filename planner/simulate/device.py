@@ -11,7 +11,7 @@ FLOPs per HBM byte, at its own rated figures, and is marked `profile`. Weights o
 double FLOP/s where the GPU has such units.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -20,198 +20,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from epplan.files import parse_yaml, read_text, validate
 from epplan.planner.model import AttentionSpec
 from epplan.topologies.hardware import GpuProfile, gpu_profile
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.intp]
+from .device_tables import (
+    AttentionTable,
+    DecodeTable,
+    DeviceProfile,
+    LinearTable,
+    MlpTable,
+    RowMove,
+)
+from .work import Floats, Work, roofline_work
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _ByRows(_Record):
-    """A product timed for numbers of rows."""
-
-    dtype: str
-    rows: tuple[int, ...] = Field(min_length=1)
-    seconds: tuple[float, ...]
-
-    @model_validator(mode="after")
-    def _check(self) -> "_ByRows":
-        if len(self.rows) != len(self.seconds) or list(self.rows) != sorted(set(self.rows)):
-            raise ValueError("rows must ascend, with one time each")
-        if min(self.seconds) <= 0:
-            raise ValueError("times must be above 0")
-        return self
-
-
-class MlpTable(_ByRows):
-    """An MLP."""
-
-    hidden: int
-    ffn: int
-    gated: bool
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return (3 if self.gated else 2) * self.hidden * self.ffn
-
-
-class LinearTable(_ByRows):
-    """One matrix product."""
-
-    size_in: int
-    size_out: int
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return self.size_in * self.size_out
-
-
-class _HeadsTable(_Record):
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-
-
-class AttentionTable(_HeadsTable):
-    """Causal attention of one sequence over itself."""
-
-    context: tuple[int, ...] = Field(min_length=1)
-    seconds: tuple[float, ...]
-
-
-class DecodePoint(_Record):
-    """One new token of every sequence."""
-
-    sequences: int
-    context: int
-    seconds: float = Field(gt=0)
-    way: str
-
-
-class DecodeTable(_HeadsTable):
-    """Attention of new tokens over a cache."""
-
-    points: tuple[DecodePoint, ...] = Field(min_length=1)
-
-
-class _RowMove(_Record):
-    rows: int
-    row_bytes: int
-    seconds: float = Field(gt=0)
-
-
-class MemoryTable(_Record):
-    """Moving memory."""
-
-    copy_bytes_per_s: float = Field(gt=0)
-    read_bytes_per_s: float = Field(gt=0)
-    permute: tuple[_RowMove, ...] = Field(min_length=1)
-    norm: _RowMove
-
-
-class LaunchTable(_Record):
-    """A kernel that does next to nothing."""
-
-    eager_s: float = Field(ge=0)
-    graph_s: float = Field(ge=0)
-
-
-class DeviceProfile(_Record):
-    """What `epplan.runtime.calibrate` writes."""
-
-    schema_version: Literal[1]
-    kind: Literal["epplan-device-profile"]
-    name: str
-    provenance: Literal["measured"]
-    source: str
-    mlp: tuple[MlpTable, ...] = Field(min_length=1)
-    linear: tuple[LinearTable, ...] = Field(min_length=1)
-    attention: tuple[AttentionTable, ...] = Field(min_length=1)
-    decode: tuple[DecodeTable, ...] = Field(min_length=1)
-    memory: MemoryTable
-    launch: LaunchTable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What a GPU has to do, and how long it takes; arrays over ranks.
-
-    Attributes:
-        arithmetic_s: seconds of parts that FLOP/s limit.
-        memory_s: seconds of parts that HBM limits.
-        launch_s: seconds of launching.
-        flops: floating-point operations.
-        hbm_bytes: bytes read and written in the GPU's memory.
-    """
-
-    arithmetic_s: Floats
-    memory_s: Floats
-    launch_s: Floats
-    flops: Floats
-    hbm_bytes: Floats
-
-    @property
-    def seconds(self) -> Floats:
-        """How long all of it takes."""
-        return self.arithmetic_s + self.memory_s + self.launch_s
-
-    def __add__(self, other: "Work") -> "Work":
-        """Return both, one after the other."""
-        return self._each(lambda name: getattr(self, name) + getattr(other, name))
-
-    def __mul__(self, factor: float) -> "Work":
-        """Return the work several times over."""
-        return self._each(lambda name: getattr(self, name) * factor)
-
-    def on(self, ranks: Ints, num_ranks: int) -> "Work":
-        """Return the work on some of all ranks, and none on the others.
-
-        Pieces of work on one rank add up; a single piece is done on all of `ranks`.
-        """
-
-        def spread(name: str) -> Floats:
-            values = np.broadcast_to(getattr(self, name), ranks.shape)
-            return np.bincount(ranks, values, minlength=num_ranks).astype(np.float64)
-
-        return self._each(spread)
-
-    @staticmethod
-    def nothing(num_ranks: int) -> "Work":
-        """Return no work at all."""
-        return Work(**dict.fromkeys(_WORK, np.zeros(num_ranks)))
-
-    @staticmethod
-    def _each(make: Callable[[str], Floats]) -> "Work":
-        return Work(**{name: make(name) for name in _WORK})
-
-
-_WORK = ("arithmetic_s", "memory_s", "launch_s", "flops", "hbm_bytes")
-
-
-def _work(flops: Floats, moved: Floats, best: tuple[Floats, Floats], share: Floats | float) -> Work:
-    """Return work from its two roofline times and the share of the roofline reached."""
-    arithmetic, memory = best
-    seconds = np.maximum(arithmetic, memory) / share
-    return Work(
-        arithmetic_s=np.where(arithmetic >= memory, seconds, 0.0),
-        memory_s=np.where(arithmetic >= memory, 0.0, seconds),
-        launch_s=np.zeros_like(seconds),
-        flops=flops,
-        hbm_bytes=moved,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +104,7 @@ class Device:
         # Queries and results of every head, two bytes each; keys and values stay in the cache.
         moved = sequences * context * spec.num_heads * sum(_dims(spec)) * 2.0
         best = flops / self.gpu.flops, np.zeros_like(flops)
-        return _work(flops, moved, best, share.at(np.full_like(sequences, context)))
+        return roofline_work(flops, moved, best, share.at(np.full_like(sequences, context)))
 
     def decode_attention(
         self, spec: AttentionSpec, sequences: Floats, context: int, kv_bytes: float
@@ -300,7 +125,7 @@ class Device:
         table = self._nearest_heads(self.tables.decode, spec, dim)
         curve = self._curve(f"decode {id(table)}", lambda: self._decode_curve(table))
         best = flops / self.gpu.flops, cache_bytes / self.gpu.hbm
-        return _work(flops, cache_bytes, best, curve.at(cache_bytes))
+        return roofline_work(flops, cache_bytes, best, curve.at(cache_bytes))
 
     def move_rows(self, rows: Floats, row_bytes: float) -> Work:
         """Return the work of permuting rows, [ranks]: each is read and written."""
@@ -320,10 +145,10 @@ class Device:
         seconds = np.full(num_ranks, number * (launch.eager_s if eager else launch.graph_s))
         return Work(arithmetic_s=none, memory_s=none, launch_s=seconds, flops=none, hbm_bytes=none)
 
-    def _moved(self, timed: _RowMove, moved: Floats, *, launches: int) -> Work:
+    def _moved(self, timed: RowMove, moved: Floats, *, launches: int) -> Work:
         share = 2 * timed.rows * timed.row_bytes / timed.seconds / self.reference.hbm
         none = np.zeros_like(moved)
-        work = _work(none, moved, (none - 1, moved / self.gpu.hbm), share)
+        work = roofline_work(none, moved, (none - 1, moved / self.gpu.hbm), share)
         return work + self.launches(launches, len(moved), eager=False)
 
     def _product(
@@ -341,7 +166,7 @@ class Device:
         best = flops / self.flops_per_s(weight_bytes), moved / self.gpu.hbm
         # A profile for the same intensity on another GPU is at other rows: its ridge moved.
         ridge = self._ridge(self.gpu, weight_bytes) / self._ridge(self.reference, 2.0)
-        return _work(flops, moved, best, curve.at(rows / ridge))
+        return roofline_work(flops, moved, best, curve.at(rows / ridge))
 
     def _ridge(self, gpu: GpuProfile, weight_bytes: float) -> float:
         """Return the rows at which a product's arithmetic takes as long as reading its weights."""

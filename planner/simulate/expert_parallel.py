@@ -17,10 +17,11 @@ from epplan.planner.cost import TransferCost
 from . import compute
 from .compute import Part
 from .copies import Choices, islands
-from .device import Device, Work
+from .device import Device
 from .ledger import Ledger, Program
 from .scene import Floats, Ints, Scene, Usage
 from .transfers import make_library
+from .work import Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ import numpy.typing as npt
 from epplan.planner.cost import TransferCost
 from epplan.topologies.routes import Routes
 
-from .device import Work
 from .events import Ints, Task
+from .work import Work
 
 Floats = npt.NDArray[np.float64]
 At = tuple[int, int]  # layer and micro-batch

@@ -15,8 +15,9 @@ from epplan.planner.model import ModelSpec
 from epplan.topologies.graph import Gpu
 from epplan.topologies.routes import Routes
 
-from .device import Device, Work
+from .device import Device
 from .transfers import TransferProfile, WireDtype
+from .work import Work
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]

@@ -3,8 +3,8 @@
     ranks of one copy of the model: stage 0 first, `tp` ranks each; two all-reduces a layer
 
 Micro-batches move through the stages; in decode the next token of a sequence begins when its last
-one has left the last stage. With overlap two micro-batches take turns in a stage, so that the
-all-reduce of one runs under the computing of the other.
+one has left the last stage. Two micro-batches may take turns in a stage, so that the all-reduce of
+one runs under the computing of the other.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,18 @@ from epplan.planner.cost import TransferCost, transfer_cost
 from . import compute
 from .compute import Part
 from .copies import islands
-from .device import Device, Work
+from .device import Device
 from .ledger import Ledger, Program
 from .scene import Floats, Layout, Scene, Usage
 from .transfers import TransferProfile, library_routes, transfer_profile
+from .work import Work
 
 DECODE_STEPS = 3  # enough for the pipeline to fill
 
 
-def tensor_parallel(scene: Scene, usage: Usage, layout: Layout, window: int) -> Program:
+def tensor_parallel(
+    scene: Scene, usage: Usage, layout: Layout, window: int, *, together: int
+) -> Program:
     """Return some steps of all copies of the model: one for prefill, `DECODE_STEPS` for decode.
 
     Args:
@@ -33,10 +36,10 @@ def tensor_parallel(scene: Scene, usage: Usage, layout: Layout, window: int) -> 
         usage: how.
         layout: tp and pp.
         window: of the traffic.
+        together: micro-batches that take turns in a stage.
     """
     stages = _Stages(scene, usage, layout, window)
     steps = DECODE_STEPS if usage.phase == "decode" else 1
-    together = 2 if usage.overlap and usage.micro_batches >= 2 * layout.pp else 1
     ready: list[tuple[int, ...]] = [()] * usage.micro_batches
     last_of_step = []
     for _ in range(steps):
