@@ -79,15 +79,18 @@ def test_a_profile_file_is_refused_with_all_its_problems(tmp_path: Path) -> None
         read_device(DATA, "h900")
 
 
-def test_calibration_writes_what_the_simulator_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_calibration_writes_what_the_simulator_reads(tmp_path: Path, kind: str) -> None:
     torch = pytest.importorskip("torch")
     from epplan.runtime.calibrate import QUICK, calibrate, profile_text
 
-    path = tmp_path / "cpu.yaml"
-    profile = calibrate(torch.device("cpu"), QUICK, lambda line: None)
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    path = tmp_path / "device.yaml"
+    profile = calibrate(torch.device(kind), QUICK, lambda line: None)
     path.write_text(profile_text(profile))
-    cpu = read_device(path, "cpu-rank")
-    table = cpu.tables.mlp[0]
+    read = read_device(path, "cpu-rank")
+    table = read.tables.mlp[0]
     assert table.seconds == pytest.approx(profile["mlp"][0]["seconds"])
-    again = cpu.mlp(table.hidden, table.ffn, table.gated, np.array([16.0]), 2).seconds
+    again = read.mlp(table.hidden, table.ffn, table.gated, np.array([16.0]), 2).seconds
     assert 0 < again[0] < 1
