@@ -18,6 +18,7 @@ _COMMANDS = {
     "rebalance": "epplan.commands.rebalance:rebalance",
     "replan": "epplan.commands.replan:replan",
     "launch": "epplan.commands.launch:launch",
+    "simulate": "epplan.commands.simulate:simulate",
     "bench": "epplan.commands.bench:bench",
     "doctor": "epplan.commands.doctor:doctor",
     "env": "epplan.commands.env:env",
