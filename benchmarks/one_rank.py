@@ -33,7 +33,7 @@ from torch import Tensor
 
 from epplan.files import write_atomically
 from epplan.planner.model import load_model
-from epplan.runtime.attention import rms_norm
+from epplan.runtime.norm import rms_norm
 from epplan.runtime.calibrate import decode_by_products
 
 CONTEXTS = (0, 128, 1024, 4096, 10000)

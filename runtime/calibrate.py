@@ -31,7 +31,7 @@ from torch import Tensor
 
 from epplan.files import write_atomically
 
-from .attention import rms_norm
+from .norm import rms_norm
 from .clock import synchronize
 from .experts import MlpWeights, mlp
 
