@@ -8,7 +8,7 @@ from rich.text import Text
 
 from epplan.topologies.units import format_bytes, format_time
 
-from .plan import Plan
+from .plan import Certificate, Plan
 
 _MAX_LAYERS = 8  # columns of the placement table
 _MAX_RANKS = 64
@@ -110,6 +110,7 @@ def _certificate(plan: Plan) -> Table:
         "objective": f"{format_time(certificate.objective_s)} for all MoE layers",
         "bound": f"{format_time(certificate.bound_s)}, gap {certificate.gap:.3%}",
         "valid for": certificate.scope,
+        **_choice(certificate),
         "binding": certificate.binding,
         "experts in id order": f"{format_time(certificate.contiguous_s)} ({gain:.2f}x this plan)",
         "found in": f"{certificate.seconds:.2f} s by {certificate.solver}",
@@ -117,6 +118,16 @@ def _certificate(plan: Plan) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _choice(certificate: Certificate) -> dict[str, str]:
+    """Return the line on other GPUs, if there were some to choose."""
+    bound_s, gap = certificate.choice_bound_s, certificate.choice_gap
+    if bound_s is None or gap is None:
+        return {}
+    return {
+        "bound, any GPUs": f"{format_time(bound_s)}, gap {gap:.3%}: as many GPUs of the cluster"
+    }
 
 
 def _list(heading: str, entries: tuple[str, ...]) -> Iterator[Text]:

@@ -117,17 +117,19 @@ def _solve(
     """Return the plan, and whether Ctrl-C ended the search for a better one."""
     from epplan.output import talk
     from epplan.planner.assemble import assemble_plan
+    from epplan.planner.group import choose_groups, group_size
     from epplan.planner.model import load_model
-    from epplan.planner.problem import choose_group, make_problem
+    from epplan.planner.problem import make_problem
     from epplan.planner.solve import solve_placement
     from epplan.planner.traffic import make_traffic
     from epplan.topologies.sources import load_cluster
 
     cluster = load_cluster(topology, gpu_model)
     spec = load_model(model).with_overrides(experts=experts, layers=layers, scale=scale)
-    group, reason = choose_group(cluster, spec, ep, experts_per_gpu)
-    traffic = make_traffic(load, spec, len(group), tokens, seed)
-    problem = make_problem(cluster, group, spec, traffic, experts_per_gpu)
+    size = group_size(cluster, spec, ep, experts_per_gpu)
+    traffic = make_traffic(load, spec, size, tokens, seed)
+    groups = choose_groups(cluster, spec, traffic, experts_per_gpu)
+    problem = make_problem(cluster, groups.gpus[0], spec, traffic, experts_per_gpu)
     solution = solve_placement(
         problem,
         gap=gap,
@@ -135,7 +137,7 @@ def _solve(
         seed=seed,
         progress=talk if sys.stderr.isatty() else lambda line: None,
     )
-    reasons = [reason, *(["stopped by Ctrl-C"] if solution.interrupted else [])]
+    reasons = [groups.reason, *(["stopped by Ctrl-C"] if solution.interrupted else [])]
     plan = assemble_plan(
         cluster=cluster,
         problem=problem,
@@ -146,6 +148,7 @@ def _solve(
         seed=seed,
         command=shlex.join(["epplan", *sys.argv[1:]]),
         reasons=reasons,
+        choice_bound_s=groups.bound_s,
     )
     return plan, solution.interrupted
 
@@ -157,6 +160,8 @@ def _result(plan: "Plan", output: Path) -> dict[str, Any]:
         "objective_s": certificate.objective_s,
         "bound_s": certificate.bound_s,
         "gap": certificate.gap,
+        "choice_bound_s": certificate.choice_bound_s,
+        "choice_gap": certificate.choice_gap,
         "seconds": certificate.seconds,
         "binding": certificate.binding,
         "contiguous_s": certificate.contiguous_s,

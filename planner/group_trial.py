@@ -1,0 +1,81 @@
+"""The few best groups by price, tried with real placements: the search without the solver.
+
+Even traffic does not see which ranks send to which experts, and a small group, or one whose GPUs
+share NICs, can hide much in that. Trying costs seconds where pricing costs milliseconds, so the
+number of tries falls with the size of the problem; it does not depend on the clock.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from epplan.errors import InfeasibleError, InputError
+from epplan.topologies.graph import Cluster
+
+from .group_price import Pricer
+from .group_search import Found, exchanges
+from .model import ModelSpec
+from .problem import make_problem
+from .solve import solve_placement
+from .traffic import Traffic
+
+_WORK = 100_000  # ranks x experts x tries
+_MOST = 64
+_SIGNIFICANT = 1 - 1e-6
+
+
+def try_groups(
+    cluster: Cluster,
+    pricer: Pricer,
+    model: ModelSpec,
+    traffic: Traffic,
+    experts_per_gpu: int,
+    candidates: Sequence[Found],
+) -> Found:
+    """Return the candidate with the fastest placement, improved by exchanges.
+
+    Args:
+        cluster: the cluster.
+        pricer: prices groups of its pool.
+        model: the model.
+        traffic: of the group.
+        experts_per_gpu: most experts of one layer on a GPU.
+        candidates: one group each, by price.
+    """
+    hardest = int(traffic.counts.sum(axis=1).max(axis=1).argmax())
+    one_layer = model.model_copy(update={"moe_layers": (model.moe_layers[hardest],)})
+    its_traffic = replace(traffic, counts=traffic.counts[hardest : hardest + 1])
+
+    def seconds(found: Found) -> float:
+        gpus = tuple(pricer.pool.gpus[number] for number in found.groups[0].gpus.tolist())
+        try:
+            problem = make_problem(cluster, gpus, one_layer, its_traffic, experts_per_gpu)
+        except (InfeasibleError, InputError):  # no memory, no path
+            return np.inf
+        return solve_placement(
+            problem, gap=1.0, time_limit_s=np.inf, seed=0, progress=lambda line: None
+        ).objective_s
+
+    left = min(_MOST, max(2, _WORK // (traffic.counts.shape[1] * model.num_experts)))
+    return _best(pricer, candidates, seconds, left)
+
+
+def _best(
+    pricer: Pricer, candidates: Sequence[Found], seconds: Callable[[Found], float], left: int
+) -> Found:
+    """Try half of `left` on candidates, the rest on exchanges from the best of them."""
+    tried = candidates[: max(2, left // 2)]
+    times = [seconds(found) for found in tried]
+    left -= len(tried)
+    best, least = tried[int(np.argmin(times))], min(times)
+    improved = True
+    while improved and left > 0:
+        improved = False
+        for candidate in exchanges(pricer, best):
+            time, left = seconds(candidate), left - 1
+            if time < least * _SIGNIFICANT:
+                best, least, improved = candidate, time, True
+            if improved or left <= 0:
+                break
+    return best
