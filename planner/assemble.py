@@ -40,6 +40,7 @@ def assemble_plan(
     command: str,
     reasons: Sequence[str],
     choice_bound_s: float | None = None,
+    assumptions: Sequence[str] = (),
 ) -> Plan:
     """Return the plan.
 
@@ -54,6 +55,7 @@ def assemble_plan(
         command: the command line that makes this plan.
         reasons: automatic choices made before the problem, in words.
         choice_bound_s: no choice of GPUs allows less; None where there was no choice.
+        assumptions: what was assumed before the problem, in words.
     """
     layers = solution.layers
     slots_per_rank = max(
@@ -85,7 +87,12 @@ def assemble_plan(
         cost=tuple(costs),
         memory=_memory(problem, layers),
         certificate=_certificate(problem, solution, costs, choice_bound_s),
-        assumptions=(*cluster.assumed, *traffic.assumptions, *_assumptions(problem)),
+        assumptions=(
+            *cluster.assumed,
+            *traffic.assumptions,
+            *assumptions,
+            *_assumptions(problem),
+        ),
         reasons=tuple(reasons),
     )
 

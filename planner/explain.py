@@ -1,6 +1,7 @@
 """A plan as tables for people: where every expert sits, what it costs, how good it provably is."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -28,6 +29,48 @@ def explain(plan: Plan, *, every_layer: bool = False) -> RenderableType:
         _certificate(plan),
         *_list("reasons", plan.reasons),
         *_list("assumed", plan.assumptions),
+    ]
+    return Group(*(item for part in parts for item in (part, "")))
+
+
+def explain_groups(plans: Sequence[Plan], files: Sequence[str]) -> RenderableType:
+    """Return a table of EP groups that work side by side, and what holds for all of them.
+
+    Args:
+        plans: the groups' plans.
+        files: where each was written.
+    """
+    first = plans[0]
+    seconds = [plan.certificate.objective_s for plan in plans]
+    slowest = seconds.index(max(seconds))
+    table = Table(
+        title=f"{first.model.name}: {len(plans)} groups, EP={first.world_size}; "
+        f"the slowest is group {slowest}, {format_time(seconds[slowest])} for all MoE layers",
+        title_justify="left",
+    )
+    for heading in ("group", "hosts", "objective", "bound", "gap", "status", "binding", "plan"):
+        right = heading in ("group", "objective", "bound", "gap")
+        table.add_column(heading, justify="right" if right else "left")
+    for number, (plan, file) in enumerate(zip(plans, files, strict=True)):
+        certificate = plan.certificate
+        gpus = Counter(rank.host for rank in plan.ranks)
+        table.add_row(
+            str(number),
+            ", ".join(f"{host} ({count})" for host, count in gpus.items()),
+            format_time(certificate.objective_s),
+            format_time(certificate.bound_s),
+            f"{certificate.gap:.3%}",
+            certificate.status,
+            certificate.binding,
+            file,
+        )
+    choice = _choice(plans[slowest].certificate)
+    lines = [Text(f"slowest group: {name}: {value}") for name, value in choice.items()]
+    parts: list[RenderableType] = [
+        table,
+        *lines,
+        *_list("reasons", first.reasons),
+        *_list("assumed", first.assumptions),
     ]
     return Group(*(item for part in parts for item in (part, "")))
 

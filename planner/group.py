@@ -10,7 +10,7 @@ from epplan.topologies.units import format_time
 
 from .choice_bound import choice_bound
 from .group_price import Pricer
-from .group_search import Found, search_groups
+from .group_search import Found, gpus_of, search_groups
 from .group_trial import try_groups
 from .model import ModelSpec
 from .pool import Pool, make_pool
@@ -104,14 +104,9 @@ def choose_groups(
     slots = slots_left(fixed_memory(pool.gpus, model, traffic, experts_per_gpu), model)
     pricer = Pricer(pool, model, traffic.counts, experts_per_gpu, slots)
     *found, in_order = search_groups(pricer, size, num_groups)
-    best = (
-        try_groups(cluster, pricer, model, traffic, experts_per_gpu, found)
-        if num_groups == 1
-        else found[0]
-    )
-    ordered = sorted(best.groups, key=lambda group: tuple(group.gpus))
+    best = try_groups(cluster, pricer, model, traffic, experts_per_gpu, found)
     return Groups(
-        gpus=tuple(tuple(pool.gpus[number] for number in group.gpus) for group in ordered),
+        gpus=gpus_of(pool, best),
         reason=_reason(pool, best, in_order),
         bound_s=choice_bound(pool, model, traffic.counts, experts_per_gpu),
     )

@@ -12,6 +12,8 @@ from itertools import product
 
 import numpy as np
 
+from epplan.topologies.graph import Gpu
+
 from .group_price import GroupLoad, Price, Pricer
 from .pool import Pool
 
@@ -32,6 +34,12 @@ class Found:
     groups: tuple[GroupLoad, ...]
     price: Price
     found_by: str
+
+
+def gpus_of(pool: Pool, found: Found) -> tuple[tuple[Gpu, ...], ...]:
+    """Return the GPUs of every group in rank order, groups by their first GPU."""
+    ordered = sorted(found.groups, key=lambda group: int(group.gpus[0]))
+    return tuple(tuple(pool.gpus[number] for number in group.gpus.tolist()) for group in ordered)
 
 
 def search_groups(pricer: Pricer, size: int, num_groups: int) -> list[Found]:

@@ -14,13 +14,13 @@ from epplan.errors import InfeasibleError, InputError
 from epplan.topologies.graph import Cluster
 
 from .group_price import Pricer
-from .group_search import Found, exchanges
+from .group_search import Found, exchanges, gpus_of
 from .model import ModelSpec
 from .problem import make_problem
-from .solve import solve_placement
+from .sharing import share_links, solve_groups
 from .traffic import Traffic
 
-_WORK = 100_000  # ranks x experts x tries
+_WORK = 100_000  # GPUs x experts x tries
 _MOST = 64
 _SIGNIFICANT = 1 - 1e-6
 
@@ -33,31 +33,39 @@ def try_groups(
     experts_per_gpu: int,
     candidates: Sequence[Found],
 ) -> Found:
-    """Return the candidate with the fastest placement, improved by exchanges.
+    """Return the candidate whose slowest group has the fastest placement, improved by exchanges.
 
     Args:
         cluster: the cluster.
         pricer: prices groups of its pool.
         model: the model.
-        traffic: of the group.
+        traffic: of a group.
         experts_per_gpu: most experts of one layer on a GPU.
-        candidates: one group each, by price.
+        candidates: groups, by price.
     """
     hardest = int(traffic.counts.sum(axis=1).max(axis=1).argmax())
     one_layer = model.model_copy(update={"moe_layers": (model.moe_layers[hardest],)})
     its_traffic = replace(traffic, counts=traffic.counts[hardest : hardest + 1])
 
     def seconds(found: Found) -> float:
-        gpus = tuple(pricer.pool.gpus[number] for number in found.groups[0].gpus.tolist())
         try:
-            problem = make_problem(cluster, gpus, one_layer, its_traffic, experts_per_gpu)
+            problems = [
+                make_problem(cluster, gpus, one_layer, its_traffic, experts_per_gpu)
+                for gpus in gpus_of(pricer.pool, found)
+            ]
         except (InfeasibleError, InputError):  # no memory, no path
             return np.inf
-        return solve_placement(
-            problem, gap=1.0, time_limit_s=np.inf, seed=0, progress=lambda line: None
-        ).objective_s
+        solutions = solve_groups(
+            share_links(problems),
+            gap=1.0,
+            time_limit_s=np.inf,
+            seed=0,
+            progress=lambda line: None,
+        )
+        return max(solution.objective_s for solution in solutions)
 
-    left = min(_MOST, max(2, _WORK // (traffic.counts.shape[1] * model.num_experts)))
+    num_gpus = traffic.counts.shape[1] * len(candidates[0].groups)
+    left = min(_MOST, max(2, _WORK // (num_gpus * model.num_experts)))
     return _best(pricer, candidates, seconds, left)
 
 

@@ -14,9 +14,10 @@ from epplan.planner.choice_bound import choice_bound
 from epplan.planner.group import choose_groups, group_size
 from epplan.planner.pool import make_pool
 from epplan.planner.problem import make_problem
+from epplan.planner.sharing import share_links, sharing_in_words, solve_groups
 from epplan.planner.traffic import Floats, make_traffic
 from epplan.topologies.cluster_file import read_cluster_file
-from epplan.topologies.graph import Cluster
+from epplan.topologies.graph import Cluster, Gpu
 from epplan.topologies.routes import find_routes
 from epplan.topologies.sources import load_cluster
 from tests.tiny import brute_force, random_counts, tiny_cluster, tiny_model, tiny_traffic
@@ -199,6 +200,79 @@ def test_the_reason_says_what_was_taken_and_gained() -> None:
         r"even traffic, 1\.\d\dx faster than the first GPUs in cluster order",
         groups.reason,
     )
+
+
+def all_partitions(gpus: list[Gpu], size: int) -> list[tuple[tuple[Gpu, ...], tuple[Gpu, ...]]]:
+    """Return every two groups of that size."""
+    return [
+        (first, second)
+        for first in combinations(gpus, size)
+        for second in combinations([gpu for gpu in gpus if gpu not in first], size)
+        if gpus.index(first[0]) < gpus.index(second[0])
+    ]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_two_groups_are_the_best_two_where_few_can_be_tried(name: str) -> None:
+    cluster, counts = CLUSTERS[name], random_counts(1, 1, 2, 2, 0.5)
+    model, traffic = tiny_model(2), tiny_traffic(counts)
+
+    def slowest(groups: tuple[tuple[Gpu, ...], ...]) -> float:
+        problems = [make_problem(cluster, gpus, model, traffic, 1) for gpus in groups]
+        return max(brute_force(problem) for problem in share_links(problems))
+
+    best = min(map(slowest, all_partitions(cluster.gpus(), 2)))
+    groups = choose_groups(cluster, model, traffic, 1, num_groups=2)
+    assert len({gpu.id for group in groups.gpus for gpu in group}) == 4
+    assert slowest(groups.gpus) <= best * 1.1
+    assert groups.bound_s is not None
+    assert groups.bound_s <= best * (1 + 1e-9)
+
+
+def test_groups_stay_under_their_leafs_and_leave_slow_hosts_out() -> None:
+    source = "2x4:h100,nic=4x400Gb/s+1x4:l40s,nic=4x400Gb/s+3x4:h100,nic=4x400Gb/s"
+    first, second = choose(f"{source},leafs=2,over=4:1", 8, num_groups=2)
+    assert first == {"host1": 4, "host2": 4}  # host3, with slow GPUs, shares their leaf
+    assert len(second) == 2
+    assert second.keys() < {"host4", "host5", "host6"}
+
+
+def test_shared_links_are_divided_among_the_groups_that_use_them() -> None:
+    """Two groups over both leafs share the uplinks; NICs and NVLink are each group's own."""
+    cluster = load_cluster("4x2:h100,nic=2x400Gb/s,leafs=2,over=2:1")
+    model = tiny_model(4)
+    traffic = make_traffic("uniform", model, 4, None, 0)
+    gpus = cluster.gpus()  # hosts 1 and 2 under leaf 1, 3 and 4 under leaf 2
+    groups = (tuple(gpus[0:2] + gpus[4:6]), tuple(gpus[2:4] + gpus[6:8]))
+    alone = [make_problem(cluster, group, model, traffic, 1) for group in groups]
+    for before, after in zip(alone, share_links(alone), strict=True):
+        for resource, whole, share in zip(
+            before.routes.resources, before.routes.capacity, after.routes.capacity, strict=True
+        ):
+            assert share == whole / (2 if "spine1" in (resource.tail, resource.head) else 1)
+    assert sharing_in_words(alone) == [
+        "all 2 groups have the same traffic at the same time",
+        "each group has an equal share of the 4 links that several groups use",
+    ]
+    assert sharing_in_words(alone[:1]) == []
+    apart = [make_problem(cluster, tuple(part), model, traffic, 1) for part in (gpus[:4], gpus[4:])]
+    assert sharing_in_words(apart)[1] == "no link is used by more than one group"
+
+
+def test_equal_groups_are_solved_once_and_named_apart() -> None:
+    cluster = load_cluster("4x4:h100,nic=4x400Gb/s")
+    model = tiny_model(8, top_k=2)
+    traffic = make_traffic("lognormal:1,1", model, 8, None, 0)
+    groups = choose_groups(cluster, model, traffic, 1, num_groups=2)
+    problems = share_links([make_problem(cluster, x, model, traffic, 1) for x in groups.gpus])
+    first, second = solve_groups(
+        problems, gap=0.01, time_limit_s=30, seed=0, progress=lambda line: None
+    )
+    assert (first.layers[0].placement == second.layers[0].placement).all()
+    assert first.objective_s == pytest.approx(second.objective_s)
+    names = [solution.layers[0].evaluation.dispatch.worst for solution in (first, second)]
+    assert "host1" in names[0] or "host2" in names[0]
+    assert "host3" in names[1] or "host4" in names[1]
 
 
 def test_fewer_slots_than_experts() -> None:
