@@ -19,50 +19,102 @@ phase lasts max over k of a_k / v_ceil(k / experts_per_gpu), both sorted downwar
 - the rows between an expert and other ranks than its GPU's own, through all links of the GPU
   (`pool.Direction.port`), and a rank's rows but those of as many experts as its GPU holds.
 
-Regions (of every level of the pool). Let region p hold n_p ranks, sum n_p = size, and let int_p be
-the rows that start and end in it. What leaves p is (rows of its ranks) - int_p and takes the cut,
-and GPUs' ways to the network, so in time t it is at most t U_p(n_p), U_p(n) = min(cut, n largest
-rates of its GPUs), concave in n. Its ranks send at least L(n_p), the n_p smallest of all, convex in
-n. So int_p >= max(0, L(n_p) - t U_p(n_p)). But int_p is at most the sum of Inside(n_p)[e] over the
-experts in p, and every expert is in one region only. Hence t is possible only if some n with all
-n_p <= m has
+Regions (of every level of the pool). Let region p hold n_p ranks, sum n_p = size, the experts X_p,
+and let int_p be the rows that start and end in it. What leaves p is (rows of its ranks) - int_p and
+takes the cut, and its GPUs' ways to the network, so in time t it is at most t U_p(n_p), with
+U_p(n) = min(cut, n largest rates of its GPUs), concave in n. What enters is (rows of its experts) -
+int_p, at most t V_p(n_p) likewise. For combine the two directions change places.
 
-    min over n of  sum over p of max(0, L(n_p) - t U_p(n_p))  <=  sum over e of Inside(m)[e]
+1. The region of expert e, with n ranks, holds at least E - (size - n) experts_per_gpu experts, as
+   the other GPUs have no room for more. So for some n its entry takes, besides e's rows from
+   outside, those of so many less one experts with fewest: of each at least all but Inside(n).
+2. One region: if its ranks are a window A of n ranks, int_p is at most the fractional knapsack of
+   experts with value c[A, e] and weight (all rows of e) - c[A, e], what enters, in the room t V_p(n).
+   And int_p >= c[A] - t U_p(n). If no window satisfies both, p does not hold n ranks. (Only where
+   regions are contiguous.)
+3. All regions: ranks send at least L(n_p), the n_p smallest of all, convex in n, so
+   int_p >= max(0, L(n_p) - t U_p(n_p)). But int_p is at most the sum of Inside(n_p)[e] over X_p,
+   and every expert is in one region only. Hence t is possible only if for some m, with n_p at most
+   m and what 2. leaves,
 
-and the left side, convex in every n_p, is minimal for the `size` smallest increments. In the same
-way the sum over regions of what enters is at least all rows - sum over e of Inside(m)[e], and at
-most t times the `size` largest increments of U. The floor is the least t over all m.
+       min over n of  sum over p of max(0, L(n_p) - t U_p(n_p))  <=  sum over e of Inside(m)[e]
+
+   and the left side, convex in every n_p, is minimal for the `size` smallest increments. In the
+   same way what enters all regions is at least all rows - sum over e of Inside(m)[e], and at most
+   t times the `size` largest increments of V. The floor is the least t that passes.
+
+Sizes n are taken in steps: (low, high] has the least rows of any n in it and the most capacity.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+import numpy.typing as npt
 
 from epplan.topologies.hardware import hardware
 
 from .model import ModelSpec
-from .pool import Floats, Level, Pool
+from .pool import Floats, Ints, Level, Pool
 
-_STEPS = 40  # of bisection: 1e-12 of the floor found before
-_LEVEL_SIZES = 1.15  # ratio of the sizes m that are tried; rounding up only lowers the bound
+_PRECISION = 1e-4  # of the bisection; the lower end is the bound
+_ROUNDING = 1e-9
+_NEVER = 1e9  # rows x seconds per byte that mean there is no way at all
+_STEP = 1.15  # ratio of sizes n that are taken together
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
     """One layer's traffic as every group has it, in rows."""
 
-    counts: Floats  # [ranks, experts]
-    contiguous: bool  # whether ranks of an island follow each other
+    def __init__(self, counts: Floats) -> None:
+        self.counts = counts  # [ranks, experts]
+        self.of_rank = counts.sum(axis=1)
+        self.of_expert = counts.sum(axis=0)
+        self._windows: dict[int, _Windows] = {}
 
     def inside(self, ranks: int, contiguous: bool) -> Floats:
         """Return the most rows of every expert from so many ranks that sit together, [experts]."""
-        ranks = min(ranks, len(self.counts))
         if not contiguous:
-            largest: Floats = np.sort(self.counts, axis=0)[len(self.counts) - ranks :].sum(axis=0)
-            return largest
-        sums = np.concatenate([np.zeros((1, self.counts.shape[1])), self.counts.cumsum(axis=0)])
-        most: Floats = (sums[ranks:] - sums[: len(sums) - ranks]).max(axis=0)
+            largest = np.sort(self.counts, axis=0)[len(self.counts) - ranks :]
+            total: Floats = largest.sum(axis=0)
+            return total
+        most: Floats = _window_sums(self.counts, ranks).max(axis=0)
         return most
+
+    def windows(self, ranks: int) -> "_Windows":
+        """Return all windows of so many ranks."""
+        if ranks not in self._windows:
+            self._windows[ranks] = _Windows(_window_sums(self.counts, ranks), self.of_expert)
+        return self._windows[ranks]
+
+
+class _Windows:
+    """All windows of n consecutive ranks, with the experts that keep most in them first."""
+
+    def __init__(self, sent: Floats, of_expert: Floats) -> None:
+        self.of_ranks = sent.sum(axis=1)  # rows of a window's ranks, [windows]
+        share = np.divide(sent, of_expert, out=np.zeros_like(sent), where=of_expert > 0)
+        order = np.argsort(-share, axis=1, kind="stable")
+        kept = np.take_along_axis(sent, order, axis=1)
+        entering = np.take_along_axis(of_expert - sent, order, axis=1)
+        nothing = np.zeros((len(sent), 1))
+        self._kept = np.concatenate([nothing, kept.cumsum(axis=1)], axis=1)
+        self._entering = np.concatenate([nothing, entering.cumsum(axis=1)], axis=1)
+
+    def most_inside(self, room: float) -> Floats:
+        """Return the most rows inside a window when at most `room` rows enter it, [windows]."""
+        last = self._entering.shape[1] - 1
+        full = np.count_nonzero(self._entering <= room, axis=1) - 1  # experts that enter whole
+        rows, after = np.arange(len(full)), np.minimum(full + 1, last)
+        kept, entering = self._kept[rows, full], self._entering[rows, full]
+        more, wider = self._kept[rows, after] - kept, self._entering[rows, after] - entering
+        part = np.divide(room - entering, wider, out=np.zeros(len(full)), where=wider > 0)
+        most: Floats = kept + more * np.minimum(part, 1.0)
+        return most
+
+
+def _window_sums(counts: Floats, ranks: int) -> Floats:
+    """Return sums over every `ranks` consecutive ranks, [windows, experts]."""
+    sums = np.concatenate([np.zeros((1, counts.shape[1])), counts.cumsum(axis=0)])
+    windows: Floats = sums[ranks:] - sums[: len(sums) - ranks]
+    return windows
 
 
 def choice_bound(pool: Pool, model: ModelSpec, counts: Floats, experts_per_gpu: int) -> float:
@@ -98,12 +150,12 @@ class _Limits:
 
     def layer_floor(self, counts: Floats) -> float:
         """Return the floor of one layer, counts [ranks, experts]."""
-        layer = _Layer(counts=counts, contiguous=self.islands_contiguous)
+        layer = _Layer(counts)
         return self._compute(layer) + self._transfers(layer)
 
     def _compute(self, layer: _Layer) -> float:
         model, num_experts = self.model, layer.counts.shape[1]
-        flops = layer.counts.sum(axis=0) * model.expert_flops_per_row
+        flops = layer.of_expert * model.expert_flops_per_row
         # In time t a GPU reads floor(t * speed / bytes) experts: all of them need the num_experts
         # earliest ends of a first, second, ... expert on the fastest GPUs.
         fastest = np.sort(self.pool.hbm_bytes_per_s)[::-1][: self.size]
@@ -117,11 +169,11 @@ class _Limits:
             return 0.0
         counts = layer.counts
         inside = layer.inside(self.largest_island, self.islands_contiguous)
-        to_experts = np.maximum(counts.sum(axis=0) - inside, 0.0)
+        to_experts = np.maximum(layer.of_expert - inside, 0.0)
         home = np.sort(counts, axis=1)[:, ::-1]  # a rank's experts, most rows first
         near = self.largest_island * self.experts_per_gpu
         from_ranks = home[:, near:].sum(axis=1)
-        past_own_rank = counts.sum(axis=0) - counts.max(axis=0)
+        past_own_rank = layer.of_expert - counts.max(axis=0)
         past_own_experts = home[:, self.experts_per_gpu :].sum(axis=1)
         latencies = self._latency(bool(to_experts.any()), bool(past_own_rank.any()))
         total = 0.0
@@ -135,9 +187,18 @@ class _Limits:
                 self._matched(past_own_rank, experts.port, self.experts_per_gpu),
                 self._matched(past_own_experts, ranks.port, 1),
             )
-            outgoing = ranks is self.pool.out
             for level in self.pool.levels:
-                rows = self._regions(layer, level, rows, outgoing=outgoing)
+                cuts = (level.cut_out, level.cut_in)
+                leaving, entering = cuts if ranks is self.pool.out else cuts[::-1]
+                regions = _Regions(
+                    layer=layer,
+                    contiguous=level.contiguous,
+                    leaving=self._speeds(level, leaving, ranks.rate),
+                    entering=self._speeds(level, entering, experts.rate),
+                    experts_per_gpu=self.experts_per_gpu,
+                )
+                rows = max(rows, regions.hottest_s(float(experts.rate.max())))
+                rows = regions.least_s(rows)
             total += rows * self.model.row_bytes + latencies
         return total
 
@@ -161,36 +222,6 @@ class _Limits:
         speed = fastest[at]
         return float((amounts / np.where(speed > 0, speed, fastest[0])).max())
 
-    def _regions(self, layer: _Layer, level: Level, least: float, *, outgoing: bool) -> float:
-        """Return the floor from one level, at least `least`, in rows x seconds per byte.
-
-        Args:
-            layer: the traffic.
-            level: the regions.
-            least: the floor so far.
-            outgoing: whether ranks send out of regions (dispatch) or get rows back (combine).
-        """
-        sent = np.sort(layer.counts.sum(axis=1))
-        from_ranks, to_experts = (
-            (level.cut_out, level.cut_in) if outgoing else (level.cut_in, level.cut_out)
-        )
-        here, there = (
-            (self.pool.out, self.pool.into) if outgoing else (self.pool.into, self.pool.out)
-        )
-        leaving = self._speeds(level, from_ranks, here.rate)  # [regions, 1 + n]
-        entering = self._speeds(level, to_experts, there.rate)
-        best = np.inf
-        for most in _sizes(leaving.shape[1] - 1):
-            inside = float(layer.inside(most, level.contiguous).sum())
-            floor = max(
-                self._least_for_ranks(sent, leaving[:, : most + 1], inside, least),
-                self._least_for_experts(float(sent.sum()), entering[:, : most + 1], inside),
-            )
-            best = min(best, floor)
-            if best <= least:
-                return least
-        return max(least, best)
-
     def _speeds(self, level: Level, cut: Floats, rate: Floats) -> Floats:
         """Return U: the most bytes/s between a region and the others with n GPUs, [regions, 1 + n].
 
@@ -204,48 +235,134 @@ class _Limits:
             speeds[region, : len(rates) + 1] = np.minimum(cut[region], [0, *rates.cumsum()])
         return speeds
 
-    def _least_for_ranks(self, sent: Floats, speeds: Floats, inside: float, least: float) -> float:
-        """Return the least time in which ranks' rows leave their regions; inf if none is enough."""
-        most = speeds.shape[1] - 1
-        smallest = np.concatenate([[0.0], sent[:most].cumsum()])  # L
 
-        def too_short(time: float) -> bool:
-            staying = np.maximum(0.0, smallest - time * speeds)  # NaN where there is no GPU
-            increments = np.diff(staying, axis=1)
-            increments = increments[~np.isnan(increments)]
-            if len(increments) < self.size:
-                return True  # regions of at most so many GPUs do not hold the group
-            return float(np.partition(increments, self.size - 1)[: self.size].sum()) > inside
+class _Regions:
+    """One level's regions for one layer and phase; times are rows over bytes/s."""
 
-        if not too_short(least):
+    def __init__(
+        self,
+        *,
+        layer: _Layer,
+        contiguous: bool,
+        leaving: Floats,
+        entering: Floats,
+        experts_per_gpu: int,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            layer: the traffic.
+            contiguous: whether regions are, in cluster order.
+            leaving: U, what n GPUs of a region send out of it, [regions, 1 + n]; NaN where n is
+                more than its GPUs.
+            entering: V, likewise.
+            experts_per_gpu: most experts of the layer on a GPU.
+        """
+        self._layer = layer
+        self._contiguous = contiguous
+        # Regions of equal speeds count as often as they are.
+        both, self._times = np.unique(
+            np.nan_to_num(np.stack([leaving, entering], axis=1), nan=-1.0),
+            axis=0,
+            return_counts=True,
+        )
+        both[both < 0] = np.nan
+        self._leaving, self._entering = both[:, 0], both[:, 1]  # [kinds, 1 + n]
+        self._per_gpu = experts_per_gpu
+        self._size = len(layer.counts)
+        self._smallest = np.concatenate([[0.0], np.sort(layer.of_rank).cumsum()])  # L
+        self._steps = _steps(leaving.shape[1] - 1)
+        self._inside = {
+            high: layer.inside(high, contiguous) for _, high in self._steps
+        }  # [experts]
+
+    def hottest_s(self, rate: float) -> float:
+        """Return the floor from single experts and the least that must be with them (1.)."""
+        num_experts, times = self._layer.counts.shape[1], []
+        for low, high in self._steps:
+            outside = np.maximum(self._layer.of_expert - self._inside[high], 0.0)
+            others = max(0, num_experts - (self._size - low - 1) * self._per_gpu - 1)
+            company = float(np.sort(outside)[:others].sum())
+            speed = float(np.nanmax(self._entering[:, high]))
+            if not speed or not rate:
+                return 0.0  # no way between regions: what is reachable is inside one
+            times.append(np.maximum((outside + company) / speed, outside / rate))
+        return float(np.min(times, axis=0).max())
+
+    def least_s(self, least: float) -> float:
+        """Return the floor from 2. and 3., at least `least`."""
+        if self._is_possible(least):
             return least
-        upper = max(least, 1e-12)
-        for _ in range(200):
-            if not too_short(upper):
-                break
-            upper *= 2
-        else:
-            return np.inf
-        lower = least
-        for _ in range(_STEPS):
+        lower, upper = least, max(least, np.finfo(float).tiny)
+        while not self._is_possible(upper):
+            lower, upper = upper, upper * 2
+            if upper > _NEVER:
+                return least  # no group is possible at all: nothing to bound
+        while upper - lower > _PRECISION * upper:
             middle = (lower + upper) / 2
-            lower, upper = (middle, upper) if too_short(middle) else (lower, middle)
+            lower, upper = (lower, middle) if self._is_possible(middle) else (middle, upper)
         return lower
 
-    def _least_for_experts(self, rows: float, speeds: Floats, inside: float) -> float:
-        """Return the least time in which rows enter their experts' regions."""
-        increments = np.diff(speeds, axis=1)
-        increments = np.sort(increments[~np.isnan(increments)])[::-1]
-        fastest = float(increments[: self.size].sum())
-        if len(increments) < self.size:
+    def _is_possible(self, time: float) -> bool:
+        """Tell whether some group may pass all its rows in that time."""
+        everything = np.count_nonzero(~np.isnan(self._leaving), axis=1) - 1  # GPUs, [kinds]
+        if not self._holds_the_group(time, everything):
+            return False
+        return not self._contiguous or self._holds_the_group(time, self._limits(time))
+
+    def _limits(self, time: float) -> Ints:
+        """Return the most ranks that 2. allows in every kind of region, [kinds]."""
+        limits = np.zeros(len(self._leaving), dtype=np.intp)
+        for low, high in reversed(self._steps):
+            windows = self._layer.windows(high)
+            # n ranks are part of such a window: at most high - low - 1 of its ranks are missing.
+            sent = windows.of_ranks - (high - low - 1) * self._layer.of_rank.max()
+            for kind in np.flatnonzero(limits == 0).tolist():
+                number = min(high, int(np.count_nonzero(~np.isnan(self._leaving[kind]))) - 1)
+                if number <= low:
+                    continue
+                inside = windows.most_inside(time * self._entering[kind, number])
+                must = sent - time * self._leaving[kind, number]
+                if (must <= inside + _ROUNDING * sent).any():
+                    limits[kind] = number
+        return limits
+
+    def _holds_the_group(self, time: float, limits: Ints) -> bool:
+        """Tell whether 3. allows the time for some m, with at most `limits` ranks, [kinds]."""
+        rows = float(self._layer.of_rank.sum())
+        width = np.arange(self._leaving.shape[1])
+        staying = np.diff(np.maximum(0.0, self._smallest[width] - time * self._leaving), axis=1)
+        for _, high in self._steps:
+            allowed = width[1:] <= np.minimum(limits, high)[:, None]
+            inside = float(self._inside[high].sum()) * (1 + _ROUNDING)
+            if self._sum_of_smallest(staying, allowed) <= inside:
+                speed = -self._sum_of_smallest(-np.diff(self._entering, axis=1), allowed)
+                if rows - inside <= time * speed:
+                    return True
+        return False
+
+    def _sum_of_smallest(self, values: Floats, allowed: npt.NDArray[np.bool_]) -> float:
+        """Return the sum of the `size` smallest, kinds counted as often as they are; inf if fewer.
+
+        Args:
+            values: increments, [kinds, n].
+            allowed: which of them, [kinds, n].
+        """
+        times = np.broadcast_to(self._times[:, None], values.shape)[allowed]
+        chosen = values[allowed]
+        order = np.argsort(chosen)
+        before = np.concatenate([[0], times[order].cumsum()])
+        if before[-1] < self._size:
             return np.inf
-        return max(0.0, rows - inside) / fastest if fastest else np.inf
+        taken = np.clip(self._size - before[:-1], 0, times[order])
+        return float((chosen[order] * taken).sum())
 
 
-def _sizes(largest: int) -> list[int]:
-    """Return the sizes m to try, upwards to the largest."""
-    sizes, size = [], 1
-    while size < largest:
-        sizes.append(size)
-        size = max(size + 1, int(size * _LEVEL_SIZES))
-    return [*sizes, largest]
+def _steps(largest: int) -> list[tuple[int, int]]:
+    """Return steps (low, high] from 0 to the largest size."""
+    steps, low = [], 0
+    while low < largest:
+        high = min(largest, max(low + 1, int(low * _STEP)))
+        steps.append((low, high))
+        low = high
+    return steps

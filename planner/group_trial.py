@@ -13,6 +13,7 @@ import numpy as np
 from epplan.errors import InfeasibleError, InputError
 from epplan.topologies.graph import Cluster
 
+from .choice_bound import choice_bound
 from .group_price import Pricer
 from .group_search import Found, exchanges, gpus_of
 from .model import ModelSpec
@@ -20,9 +21,10 @@ from .problem import make_problem
 from .sharing import share_links, solve_groups
 from .traffic import Traffic
 
-_WORK = 100_000  # GPUs x experts x tries
-_MOST = 64
-_SIGNIFICANT = 1 - 1e-6
+_WORK = 10_000  # GPUs x experts x tries
+_MOST = 32
+_WORTH_IT = 1 - 5e-3  # whole hosts, and cluster order, are not given up for less
+_PROVEN = 1 + 1e-3  # of the bound over all choices: good enough
 
 
 def try_groups(
@@ -65,25 +67,35 @@ def try_groups(
         return max(solution.objective_s for solution in solutions)
 
     num_gpus = traffic.counts.shape[1] * len(candidates[0].groups)
+    bound_s = choice_bound(pricer.pool, one_layer, its_traffic.counts, experts_per_gpu)
     left = min(_MOST, max(2, _WORK // (num_gpus * model.num_experts)))
-    return _best(pricer, candidates, seconds, left)
+    return _best(pricer, candidates, seconds, left, bound_s * _PROVEN)
 
 
 def _best(
-    pricer: Pricer, candidates: Sequence[Found], seconds: Callable[[Found], float], left: int
+    pricer: Pricer,
+    candidates: Sequence[Found],
+    seconds: Callable[[Found], float],
+    left: int,
+    enough_s: float,
 ) -> Found:
     """Try half of `left` on candidates, the rest on exchanges from the best of them."""
-    tried = candidates[: max(2, left // 2)]
-    times = [seconds(found) for found in tried]
-    left -= len(tried)
-    best, least = tried[int(np.argmin(times))], min(times)
+    best, least = candidates[0], np.inf
+    for candidate in candidates[: max(2, left // 2)]:
+        time, left = seconds(candidate), left - 1
+        if time < least * _WORTH_IT:
+            best, least = candidate, time
+        if least <= enough_s:
+            return best
     improved = True
     while improved and left > 0:
         improved = False
         for candidate in exchanges(pricer, best):
             time, left = seconds(candidate), left - 1
-            if time < least * _SIGNIFICANT:
+            if time < least * _WORTH_IT:
                 best, least, improved = candidate, time, True
             if improved or left <= 0:
                 break
+        if least <= enough_s:
+            break
     return best
