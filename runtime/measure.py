@@ -4,30 +4,32 @@ Shapes: B sequences per rank, S positions, H hidden size.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from epplan.files import write_atomically
 from epplan.planner.plan import Plan
 
 from .build import build_model
-from .clock import synchronize
+from .clock import PhaseClock, synchronize
 from .environment import Setting
 from .generate import generate
-from .model import ExpertParallelModel, Step
+from .model import Step
 from .monitor import measure_load
 from .options import Options
 from .result import PhaseTime, Result
 from .schedule import Choice, choose
 from .source import CheckpointSource, open_source
 from .trace import trace_text
+from .training import Trainer
 from .verify import Verification, verify
+from .verify_gradients import verify_gradients
 
 Gathered = TypeVar("Gathered")
 
@@ -65,7 +67,9 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
     model = build_model(plan, options, choice, source.weights, rank)
     x_BSH = source.hidden(rank)
     warm_up = model.forward(x_BSH, check_rows=True)  # checks every row's way
-    step, own_timing = _time_steps(model, x_BSH, options.steps, setting.device)
+    trainer = Trainer(plan, options, model, rank) if options.train else None
+    run = partial(model.forward if trainer is None else trainer.step, x_BSH)
+    step, own_timing = _time_steps(run, model.clock, options.steps, setting.device)
     timings = _gather(own_timing, rank, plan.world_size)
     if options.trace is not None:
         spans = _gather(model.clock.spans(), rank, plan.world_size)
@@ -74,6 +78,8 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
     verification = None
     if options.verify:
         verification = verify(step, plan, model.layers, source, rank, float8=options.fp8_dispatch)
+        if trainer is not None:
+            verification = verify_gradients(verification, trainer, step, plan, source, rank)
     generated = None
     if isinstance(source, CheckpointSource):
         generated = generate(model, source.head, source.tokens(rank), options.new_tokens).tolist()
@@ -85,7 +91,7 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
 
 
 def _time_steps(
-    model: ExpertParallelModel, x_BSH: Tensor, steps: int, device: torch.device
+    run: Callable[[], Step], clock: PhaseClock, steps: int, device: torch.device
 ) -> tuple[Step, RankTiming]:
     """Return the last step, and the time of each."""
     times: list[float] = []
@@ -95,10 +101,10 @@ def _time_steps(
         dist.barrier()  # all ranks start together, so that nobody's delay is counted twice
         synchronize(device)
         begin = time.perf_counter()
-        step = model.forward(x_BSH)
+        step = run()
         synchronize(device)
         times.append(time.perf_counter() - begin)
-        phases.append(model.clock.seconds())
+        phases.append(clock.seconds())
         reran += step.reran
     return step, RankTiming(steps=times, phases=phases, reran=reran)
 
@@ -181,6 +187,11 @@ def _notes(options: Options, choice: Choice, reran: int) -> Iterator[str]:
     ]
     for option in unused:
         yield f"{option} has no effect: no rows travel"
+    if options.train:
+        yield (
+            "training steps: forward, backward, gradients added up over ranks; weights stay as "
+            "they are"
+        )
     if reran:
         yield (
             f"{reran} of {options.steps + 1} steps (with the warm-up) had more rows than the "

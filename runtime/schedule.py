@@ -59,6 +59,10 @@ def choose(plan: Plan, options: Options, device: torch.device) -> Choice:
     Raises:
         InputError: what was asked for cannot run this plan.
     """
+    if options.train and options.fp8_dispatch:
+        raise InputError(
+            "--train and --fp8-dispatch exclude each other: rounding to 8 bits has no gradient"
+        )
     workload = Workload(
         sequences=options.sequences,
         positions=options.positions,
