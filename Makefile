@@ -40,7 +40,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[runtime]' --group dev
+	$(BIN)/python -m pip install --quiet --editable '.[runtime,metrics]' --group dev
 	@touch $@
 
 clean:

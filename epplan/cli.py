@@ -15,7 +15,11 @@ _COMMANDS = {
     "topo": "epplan.commands.topo:topo",
     "solve": "epplan.commands.solve:solve",
     "explain": "epplan.commands.explain:explain",
+    "rebalance": "epplan.commands.rebalance:rebalance",
     "launch": "epplan.commands.launch:launch",
+    "bench": "epplan.commands.bench:bench",
+    "doctor": "epplan.commands.doctor:doctor",
+    "env": "epplan.commands.env:env",
 }
 
 
@@ -46,11 +50,12 @@ def cli() -> None:
       epplan solve --topology dgx-h100-2 --model reference -o plan.json
       epplan explain plan.json
       epplan launch plan.json --to local
+      epplan bench plan.json --baseline tp8pp2
 
     \b
     Exit codes: 0 ok, 1 internal error, 2 usage or invalid input, 3 infeasible,
     4 limit hit with a feasible plan written, 5 limit hit without one, 6 findings,
-    130 interrupted.
+    7 a rank hangs, 130 interrupted.
     """
 
 

@@ -5,6 +5,7 @@
     |-- InfeasibleError        3  the question is sound and no placement answers it
     |-- LimitReachedError      5  the time limit came before any plan
     |-- FindingsError          6  a check ended with findings
+    |-- PeerError              7  a rank ended because another rank failed or hangs
     `-- RankFailedError        *  a launched rank failed; its own exit code
 
 A message names the object, its value, the rule and the remedy. Exit code 4 (limit hit, plan
@@ -67,6 +68,12 @@ class FindingsError(EpplanError):
     """A check ended with findings."""
 
     exit_code = 6
+
+
+class PeerError(EpplanError):
+    """This rank waited for another one that failed or hangs; never the cause of a failed run."""
+
+    exit_code = 7
 
 
 class RankFailedError(EpplanError):

@@ -45,7 +45,8 @@ def main() -> None:
     """Run the job on stdin; `sys.argv[1]` is the launcher's process id.
 
     stdout carries one JSON object per line: `{"failed": RANK, "code": CODE}` as soon as a rank
-    failed (a negative code is a signal), `{"result": TEXT}` at the end, if there is one.
+    failed (a negative code is a signal; with `"state"` "stopped" or "hangs" if the others gave up
+    waiting for it), `{"result": TEXT}` at the end, if there is one.
     """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)

@@ -45,6 +45,15 @@ def signal_group(leader: int, signum: signal.Signals) -> None:
         os.kill(leader, signum)
 
 
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped by a signal (SIGSTOP, SIGTSTP) or a debugger."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # ended
+        return False
+    return stat.rpartition(b")")[2].split()[0] in (b"T", b"t")
+
+
 def flush_c_streams() -> None:
     """Write out what C and C++ libraries have printed so far (NCCL's log among them)."""
     _libc.fflush(None)

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from epplan.planner.plan import Plan
+from .environment import Variable, applied, common_variables, gpu_variables
+from .request import LaunchRequest
 
 
 def rank_environments(
@@ -35,24 +36,36 @@ def rank_environments(
 
 
 def machine_environment(
-    inherited: Mapping[str, str], plan: Plan, *, num_local_ranks: int, num_cpus: int
+    inherited: Mapping[str, str], request: LaunchRequest, *, num_cpus: int
 ) -> dict[str, str]:
-    """Return the variables all ranks of this machine share.
+    """Return the variables all ranks of this machine share, when it runs the whole plan.
 
     Args:
         inherited: the launcher's own environment; what the user set there is kept.
-        plan: names the GPUs.
-        num_local_ranks: ranks on this machine.
-        num_cpus: CPUs they share.
+        request: what is launched.
+        num_cpus: CPUs the ranks share.
     """
     # An agent around the launcher (epplan inside torchrun) would make rank 0 look for the agent's
     # store instead of opening its own, and all ranks would wait for ever.
     variables = {
         name: value for name, value in inherited.items() if not name.startswith("TORCHELASTIC_")
     }
-    variables.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus // num_local_ranks)))
-    if "CUDA_VISIBLE_DEVICES" not in variables and len({rank.host for rank in plan.ranks}) == 1:
-        # CUDA's own order is by speed, the plan counts by PCI bus; local rank i is visible GPU i.
-        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(rank.gpu_index) for rank in plan.ranks)
-    return variables
+    chosen = local_variables(request, num_cpus)
+    if "CUDA_VISIBLE_DEVICES" in inherited:  # GPUs given by a scheduler, or by the user
+        chosen = tuple(x for x in chosen if not x.name.startswith("CUDA_"))
+    return applied(chosen, variables)
+
+
+def local_variables(request: LaunchRequest, num_cpus: int) -> tuple[Variable, ...]:
+    """Return what all ranks get beside who they are, when this machine runs the whole plan."""
+    threads = Variable(
+        name="OMP_NUM_THREADS",
+        value=str(max(1, num_cpus // request.num_ranks)),
+        reason="the ranks share this machine's CPUs",
+    )
+    gpus: tuple[Variable, ...] = ()
+    if request.uses_gpus and len(request.hosts) == 1:
+        # By number: this need not be the machine whose UUIDs the plan has.
+        ranks = [rank.model_copy(update={"gpu_uuid": None}) for rank in request.plan.ranks]
+        gpus = gpu_variables(ranks)
+    return (*common_variables(request), threads, *gpus)

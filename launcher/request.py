@@ -7,6 +7,7 @@ from epplan.planner.plan import Plan, read_plan
 
 WORKER_MODULE = "epplan.runtime.worker"
 MAX_HOSTS_NAMED = 4
+CPU_MODEL = "cpu-"  # hardware profiles of CPU ranks begin so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +18,14 @@ class LaunchRequest:
         plan: the plan in `plan_path`.
         plan_path: the file every rank reads.
         options: options of the worker, passed to every rank as they are.
+        environment: names and values of variables the user wants in every rank.
         module: the module whose `main(arguments)` is the rank.
     """
 
     plan: Plan
     plan_path: Path
     options: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
     module: str = WORKER_MODULE
 
     @property
@@ -34,6 +37,12 @@ class LaunchRequest:
     def hosts(self) -> list[str]:
         """Hosts of the plan, in rank order."""
         return list(dict.fromkeys(rank.host for rank in self.plan.ranks))
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether ranks compute on GPUs: not with gloo, and not on a cluster of CPU ranks."""
+        on_cpus = all(rank.gpu_model.startswith(CPU_MODEL) for rank in self.plan.ranks)
+        return not on_cpus and "--backend=gloo" not in self.options
 
     def worker_arguments(self) -> list[str]:
         """Return the arguments of every rank.
@@ -59,7 +68,11 @@ class LaunchRequest:
 
 
 def request_from_plan(
-    plan_path: Path, *, options: tuple[str, ...] = (), module: str = WORKER_MODULE
+    plan_path: Path,
+    *,
+    options: tuple[str, ...] = (),
+    environment: tuple[tuple[str, str], ...] = (),
+    module: str = WORKER_MODULE,
 ) -> LaunchRequest:
     """Return the request to start the plan in `plan_path`.
 
@@ -67,5 +80,9 @@ def request_from_plan(
         InputError: the plan is missing, truncated, edited or inconsistent.
     """
     return LaunchRequest(
-        plan=read_plan(plan_path), plan_path=plan_path, options=options, module=module
+        plan=read_plan(plan_path),
+        plan_path=plan_path,
+        options=options,
+        environment=environment,
+        module=module,
     )

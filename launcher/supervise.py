@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .linux import signal_group
+from epplan.errors import PeerError
+
+from .linux import is_stopped, signal_group
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+# From the first rank that gave up waiting to the last: by then who has not given up is the cause.
+SETTLE_S = 5.0
 
 
 class FailureLog:
@@ -104,18 +108,32 @@ def supervise(
             # A rank that has failed by itself is ending already, perhaps printing its traceback.
             if signum == signal.SIGKILL or not failures.failed_at(rank):
                 signal_group(leader, signum)
+                signal_group(leader, signal.SIGCONT)  # a stopped process would not even end
         return time.monotonic() + grace_s
 
+    gave_up_at: float | None = None  # the first rank that waited for another in vain
     while True:
         _note_ended(leaders, codes)
-        failed = _first_failure(len(leaders), codes, failures)
-        if failed is not None and deadline is None:
-            report({"failed": failed, "code": codes.get(failed, failures.code(failed))})
-            deadline = stop(signal.SIGTERM)
+        failed = {
+            rank: codes.get(rank, failures.code(rank))
+            for rank in range(len(leaders))
+            if codes.get(rank) or failures.failed_at(rank)
+        }
+        if failed and deadline is None:
+            gave_up_at = gave_up_at or time.monotonic()
+            settled = len(failed | codes) == len(leaders) or _left(gave_up_at + SETTLE_S) == 0
+            cause = _cause(leaders, failed, codes, failures, settled=settled)
+            if cause is not None:
+                report(cause)
+                deadline = stop(signal.SIGTERM)
         if len(codes) == len(leaders):
             return [codes[rank] for rank in range(len(leaders))]
-        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if patience == 0.0:
+        patience = None
+        if deadline is not None:
+            patience = _left(deadline)
+        elif gave_up_at is not None:
+            patience = _left(gave_up_at + SETTLE_S)
+        if deadline is not None and patience == 0.0:
             stop(signal.SIGKILL)
             patience = None
         for signum in signals.wait(patience):
@@ -123,6 +141,10 @@ def supervise(
                 deadline = time.monotonic()
             else:
                 deadline = stop(signum)
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
 
 
 def _note_ended(leaders: list[int], codes: dict[int, int]) -> None:
@@ -139,11 +161,38 @@ def _note_ended(leaders: list[int], codes: dict[int, int]) -> None:
                 codes[rank] = ended.si_status if by_itself else -ended.si_status
 
 
-def _first_failure(num_ranks: int, codes: dict[int, int], failures: FailureLog) -> int | None:
-    """Return the rank whose failure is the cause of the others'.
+def _cause(
+    leaders: list[int],
+    failed: dict[int, int],
+    codes: dict[int, int],
+    failures: FailureLog,
+    *,
+    settled: bool,
+) -> dict[str, Any] | None:
+    """Return which rank to report as the cause of the others' failures; None: not clear yet.
 
     A rank that was killed could note nothing, and its death is why the others fail: it sorts
-    first, at time 0.
+    first, at time 0. A rank that gave up waiting is no cause; when only such have failed and the
+    others have had time to, one that has not hangs.
+
+    Args:
+        leaders: process ids of the ranks.
+        failed: exit codes by rank.
+        codes: the same of all ranks that have ended, well or not.
+        failures: what failing ranks noted.
+        settled: whether no more failures are to be expected.
     """
-    failed = [rank for rank in range(num_ranks) if codes.get(rank) or failures.failed_at(rank)]
-    return min(failed, key=failures.failed_at, default=None)
+    causes = [rank for rank, code in failed.items() if code != PeerError.exit_code]
+    if causes:
+        first = min(causes, key=failures.failed_at)
+        return {"failed": first, "code": failed[first]}
+    if not settled:
+        return None
+    hanging = [rank for rank in range(len(leaders)) if rank not in failed and rank not in codes]
+    if not hanging:
+        first = min(failed, key=failures.failed_at)
+        return {"failed": first, "code": failed[first]}
+    # A stopped one before one that merely computes for too long.
+    rank = min(hanging, key=lambda rank: not is_stopped(leaders[rank]))
+    state = "stopped" if is_stopped(leaders[rank]) else "hangs"
+    return {"failed": rank, "code": PeerError.exit_code, "state": state}

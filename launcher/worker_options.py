@@ -62,6 +62,14 @@ _OPTIONS = (
         help="Compare with the dense model, on rank 0.",
     ),
     click.option(
+        "--timeout",
+        metavar="SECONDS",
+        type=click.FloatRange(1),
+        default=600.0,
+        show_default=True,
+        help="How long a rank waits for the others before it gives up and says for whom.",
+    ),
+    click.option(
         "--dispatcher",
         type=click.Choice(["auto", "alltoall", "padded", "local"]),
         default="auto",
@@ -134,6 +142,57 @@ _OPTIONS = (
         default=1,
         show_default=True,
         help="To generate after each sequence, the likeliest each time; with --checkpoint.",
+    ),
+    click.option(
+        "--window",
+        metavar="STEPS",
+        type=click.IntRange(1),
+        default=10,
+        show_default=True,
+        help="Steps after which load, waits and drift are told and acted on.",
+    ),
+    click.option(
+        "--metrics",
+        metavar="FILE",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Append every window to FILE, one JSON object a line.",
+    ),
+    click.option(
+        "--metrics-port",
+        metavar="PORT",
+        type=click.IntRange(0, 65535),
+        help="Serve every window to Prometheus on this port of rank 0's host; 0: a free one.",
+    ),
+    click.option(
+        "--rebalance-drift",
+        metavar="SHARE",
+        type=click.FloatRange(0, 1),
+        help="Ask the planner, and move experts while running, when this share of a layer's rows "
+        "goes to other experts than the table was made for. Outputs stay.",
+    ),
+    click.option(
+        "--gating-bias",
+        metavar="RATE",
+        type=click.FloatRange(0, min_open=True),
+        help="After every step, raise each expert's bias by RATE if it had fewer rows than the "
+        "mean, else lower it. Changes outputs.",
+    ),
+    click.option(
+        "--drop-beyond",
+        metavar="FACTOR",
+        type=click.FloatRange(0, min_open=True),
+        help="Drop a rank's rows to an expert beyond FACTOR times an even share. Changes outputs.",
+    ),
+    click.option(
+        "--identity/--no-identity",
+        default=None,
+        help="Stop unless every rank is on its planned host and GPU. [default: identity, except "
+        "with --to local and a plan of other hosts]",
+    ),
+    click.option(
+        "--host-map",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Renamed hosts: YAML lines `planned: real`.",
     ),
 )
 

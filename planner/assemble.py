@@ -182,7 +182,7 @@ def _verdict(problem: Problem, number: int, layer: LayerSolution) -> str:
     )
     if seconds > layer.bound_s * _SAME:
         return f"within {1 - layer.bound_s / seconds:.2%} of any placement; {found}"
-    if seconds > layer.floor_s * _SAME:
+    if seconds > layer.floor_s * _SAME or problem.replication.extra:
         return f"no placement is faster; {found}"
     hot, bound = _with_a_replica(problem, number)
     text = f"no placement is faster: one expert alone takes this long anywhere; {found}"
@@ -217,10 +217,17 @@ def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost
         contiguous_s=sum(layer.contiguous_s for layer in solution.layers),
         solver=solution.solver,
         scope=(
-            f"all placements with one copy of each expert and at most {problem.experts_per_gpu} "
+            f"all placements with {_copies(problem)} and at most {problem.experts_per_gpu} "
             f"of a layer on a GPU, on these {problem.num_ranks} GPUs and this traffic"
         ),
     )
+
+
+def _copies(problem: Problem) -> str:
+    extra = problem.replication.extra
+    if not extra:
+        return "one copy of each expert"
+    return f"{extra} replicas or fewer of any experts, with any shares of their traffic,"
 
 
 def _objective(problem: Problem) -> str:
@@ -238,6 +245,15 @@ def _objective(problem: Problem) -> str:
     return text
 
 
+def _replication(problem: Problem) -> tuple[str, ...]:
+    rule = problem.replication
+    if not rule.extra:
+        return ()
+    shares = "equal shares" if rule.equal_shares else "the plan's shares"
+    text = f"every source rank spreads an expert's tokens over its copies in {shares}"
+    return (text, "every expert has copies on two hosts") if rule.survive_hosts else (text,)
+
+
 def _assumptions(problem: Problem) -> tuple[str, ...]:
     links = [resource.link for resource in problem.routes.resources]
     unmeasured = sorted({link.kind for link in links if link.provenance != "measured"})
@@ -246,6 +262,7 @@ def _assumptions(problem: Problem) -> tuple[str, ...]:
         *([f"capacities of {', '.join(unmeasured)} links"] if unmeasured else []),
     ]
     return (
+        *_replication(problem),
         f"one row per (token, expert) crosses the network; {_objective(problem)}",
         "attention, shared experts and dense layers are left out: placement does not change them",
         f"{' and '.join(rates)} are rated x efficiency of hardware profiles, not measured here",

@@ -104,7 +104,8 @@ def _certificate(plan: Plan) -> Table:
     table = Table(title="certificate", title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("value")
-    gain = certificate.contiguous_s / certificate.objective_s
+    # A rebalanced plan whose topology was not at hand has no price.
+    gain = certificate.contiguous_s / (certificate.objective_s or 1.0)
     rows = {
         "status": meaning[certificate.status],
         "objective": f"{format_time(certificate.objective_s)} for all MoE layers",

@@ -34,6 +34,9 @@ _STATUS = {
 }
 
 
+_TOLERANCE = 1e-7  # HiGHS's primal and dual feasibility
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverResult:
     """What HiGHS found and proved.
@@ -92,6 +95,31 @@ def solve(
         bound=info.mip_dual_bound,
         values=dict(zip(names, solution.col_value, strict=True)) if solution.value_valid else {},
     )
+
+
+def solve_linear(program: pulp.LpProblem, *, time_limit_s: float) -> tuple[float, dict[str, float]]:
+    """Return the minimum of a linear program and its variables by name.
+
+    The minimum is low by HiGHS's tolerance, so that it is a bound; without a solution, or none
+    within the limit, it is 0 with no values.
+    """
+    solver = pulp.HiGHS(msg=False, timeLimit=time_limit_s)
+    with _silent_stdout():
+        solver.createAndConfigureSolver(program)
+        solver.buildSolverModel(program)
+        highs: highspy.Highs = program.solverModel
+        highs.HandleKeyboardInterrupt = True
+        solver.callSolver(program)
+    status = highs.getModelStatus().name
+    if status in ("kInterrupt", "kHighsInterrupt"):
+        raise KeyboardInterrupt
+    if status in ("kTimeLimit", "kInfeasible"):
+        return 0.0, {}
+    if status != "kOptimal":
+        raise EpplanError(f"HiGHS ended a linear program with {status}")
+    names = [variable.name for variable in program.variables()]
+    values = dict(zip(names, highs.getSolution().col_value, strict=True))
+    return highs.getInfo().objective_function_value * (1 - _TOLERANCE), values
 
 
 @contextmanager

@@ -10,6 +10,8 @@ GPUs drowns in. So:
 """
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,11 +19,11 @@ import numpy.typing as npt
 
 from epplan.errors import EpplanError
 
-from .cost import Placement
+from .cost import Floats, Placement, Shares, one_copy
 from .highs import solve
 from .program import MICROSECONDS, build_program
 from .rows import Ints, LayerRows
-from .search import best_start, contiguous, descend, greedy
+from .search import Limit, NoRoomError, best_start, contiguous, descend_again, greedy
 from .terms import LayerTerms, cell_terms, common_seconds, gpu_terms, inner_terms
 
 OPTIMAL_GAP = 1e-6  # HiGHS's own feasibility tolerance: a smaller gap means nothing
@@ -33,11 +35,13 @@ class LayerPlacement:
     """A placement and what is proven about it.
 
     Attributes:
-        placement: rank of every expert.
+        placement: rank of every item: of every expert, or of every copy.
         seconds: its cost by the linear form.
         bound_s: no placement of this layer costs less.
         found_by: how it was found.
         floor_s: the part of the bound that single experts cause wherever they sit.
+        expert: of every item; None where items are the experts.
+        share: of its expert's rows that an item takes; None is all.
     """
 
     placement: Placement
@@ -45,6 +49,16 @@ class LayerPlacement:
     bound_s: float
     found_by: str
     floor_s: float
+    expert: Ints | None = None
+    share: Floats | None = None
+
+    def shares(self, num_ranks: int) -> Shares:
+        """Return the share of every expert's rows on each rank, [experts, ranks]."""
+        if self.expert is None or self.share is None:
+            return one_copy(self.placement, num_ranks)
+        shares = np.zeros((self.expert.max() + 1, num_ranks))
+        shares[self.expert, self.placement] = self.share
+        return shares
 
     def is_done(self, gap: float) -> bool:
         """Whether the gap is closed that far."""
@@ -65,6 +79,14 @@ class Effort:
         return max(0.0, self.deadline - time.monotonic())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What keeps items apart, on GPUs and on cells."""
+
+    on_gpus: tuple[Limit, ...] = ()
+    on_cells: tuple[Limit, ...] = ()
+
+
 class _Layer:
     """The best placement and bound of one layer so far."""
 
@@ -74,11 +96,13 @@ class _Layer:
         cell_of_gpu: Ints,
         capacity: npt.NDArray[np.int64],
         best: LayerPlacement,
+        limits: Limits | None = None,
     ) -> None:
         self.rows = rows
         self.cell_of_gpu = cell_of_gpu
         self.capacity = capacity
         self.best = best
+        self.limits = limits or Limits()
 
     def offer(self, placement: Placement, found_by: str) -> None:
         """Take a placement if it is better."""
@@ -92,7 +116,10 @@ class _Layer:
         self.best = replace(self.best, bound_s=bound_s)
 
 
-Task = tuple[LayerRows, Ints, npt.NDArray[np.int64], LayerPlacement]
+Task = (
+    tuple[LayerRows, Ints, npt.NDArray[np.int64], LayerPlacement]
+    | tuple[LayerRows, Ints, npt.NDArray[np.int64], LayerPlacement, Limits]
+)
 
 
 def in_id_order(rows: LayerRows, capacity: npt.NDArray[np.int64]) -> LayerPlacement:
@@ -111,18 +138,19 @@ def place_layer(task: Task, effort: Effort) -> LayerPlacement:
     """Return a placement of one layer with a proven bound.
 
     Args:
-        task: the layer's rows, `RowBuilder.cells`, most experts on every GPU [gpus], and the
-            placement to start from.
+        task: the layer's rows, `RowBuilder.cells`, most experts on every GPU [gpus], the placement
+            to start from, and what keeps items apart.
         effort: when to stop.
     """
     layer = _Layer(*task)
     _search(layer, effort)
-    if not layer.best.is_done(effort.gap) and layer.cell_of_gpu.max():
+    if not layer.best.is_done(effort.gap):
         _by_cells(layer, effort)
-    one_cell = not layer.cell_of_gpu.max()
-    if not layer.best.is_done(effort.gap) and (_is_small(layer) or one_cell):
+    if not layer.best.is_done(effort.gap) and _is_small(layer):
         terms = gpu_terms(layer.rows)
-        placement, bound_s = run_program(terms, layer.capacity, layer.best.placement, effort)
+        placement, bound_s = run_program(
+            terms, layer.capacity, layer.best.placement, effort, layer.limits.on_gpus
+        )
         layer.offer(placement, "integer program over GPUs")
         layer.prove(bound_s)
     return layer.best
@@ -130,14 +158,17 @@ def place_layer(task: Task, effort: Effort) -> LayerPlacement:
 
 def _search(layer: _Layer, effort: Effort) -> None:
     """Improve the placement without the solver, over cells and, if few, over GPUs."""
-    if not layer.best.is_done(0.0) and layer.cell_of_gpu.max():
+    if not layer.best.is_done(0.0):
         terms = cell_terms(layer.rows, layer.cell_of_gpu)
         layer.prove(terms.floor_s)
-        name, cells = best_start(terms, _room(layer), effort.seed, shuffles=0)
-        layer.offer(_fill_cells(layer, cells), f"{name} over hosts")
+        with suppress(NoRoomError):
+            name, cells = best_start(terms, _room(layer), effort.seed, 0, layer.limits.on_cells)
+            layer.offer(_fill_cells(layer, cells), f"{name} over hosts")
     if not layer.best.is_done(0.0) and _is_small(layer):
-        name, placement = best_start(gpu_terms(layer.rows), layer.capacity, effort.seed)
-        layer.offer(placement, name)
+        with suppress(NoRoomError):
+            terms, limits = gpu_terms(layer.rows), layer.limits.on_gpus
+            name, placement = best_start(terms, layer.capacity, effort.seed, limits=limits)
+            layer.offer(placement, name)
 
 
 def _is_small(layer: _Layer) -> bool:
@@ -155,35 +186,59 @@ def _by_cells(layer: _Layer, effort: Effort) -> None:
     # GPUs inside a cell add to the cost; where that leaves the gap open, ask for a tighter one.
     for gap in (effort.gap, effort.gap / 4):
         start = layer.cell_of_gpu[layer.best.placement]
-        cells, bound_s = run_program(terms, _room(layer), start, replace(effort, gap=gap))
-        layer.offer(_fill_cells(layer, cells), "integer program over hosts")
+        cells, bound_s = run_program(
+            terms, _room(layer), start, replace(effort, gap=gap), layer.limits.on_cells
+        )
         layer.prove(bound_s)
+        with suppress(NoRoomError):
+            layer.offer(_fill_cells(layer, cells), "integer program over hosts")
         if layer.best.is_done(effort.gap) or not effort.left_s:
             break
 
 
 def _fill_cells(layer: _Layer, cells: Placement) -> Placement:
-    """Return ranks for experts whose cells are given: each cell by greedy and swaps."""
+    return fill_cells(layer.rows, layer.cell_of_gpu, layer.capacity, layer.limits, cells)
+
+
+def fill_cells(
+    rows: LayerRows,
+    cell_of_gpu: Ints,
+    capacity: npt.NDArray[np.int64],
+    limits: Limits,
+    cells: Placement,
+    kicks: int = 0,
+) -> Placement:
+    """Return ranks for items whose cells are given: each cell by greedy and swaps.
+
+    Raises:
+        NoRoomError: the cell has room for its items, but not on GPUs that may take them.
+    """
     placement = np.zeros(len(cells), dtype=np.intp)
-    members = [np.flatnonzero(layer.cell_of_gpu == cell) for cell in range(cells.max() + 1)]
+    members = [np.flatnonzero(cell_of_gpu == cell) for cell in range(cells.max() + 1)]
     for cell, gpus in enumerate(members):
         placement[cells == cell] = gpus[0]
-    at_least = common_seconds(layer.rows, layer.cell_of_gpu, placement)
+    at_least = common_seconds(rows, cell_of_gpu, placement)
     for cell, gpus in enumerate(members):
-        experts = np.flatnonzero(cells == cell)
-        if experts.size:
-            terms = inner_terms(layer.rows, layer.cell_of_gpu, cell, experts, at_least)
-            capacity = layer.capacity[gpus]
-            places = descend(terms, greedy(terms, capacity), capacity)
-            placement[experts] = gpus[places]
+        items = np.flatnonzero(cells == cell)
+        if items.size:
+            terms = inner_terms(rows, cell_of_gpu, cell, items, at_least)
+            room = capacity[gpus]
+            inside = [limit.within(items, gpus) for limit in limits.on_gpus]
+            places = greedy(terms, room, inside)
+            places = descend_again(terms, places, room, inside, kicks)
+            placement[items] = gpus[places]
     return placement
 
 
 def run_program(
-    terms: LayerTerms, capacity: npt.NDArray[np.int64], start: Placement, effort: Effort
+    terms: LayerTerms,
+    capacity: npt.NDArray[np.int64],
+    start: Placement,
+    effort: Effort,
+    limits: Sequence[Limit] = (),
 ) -> tuple[Placement, float]:
     """Return the best placement of the integer program from `start`, and its bound in seconds."""
-    program = build_program({0: terms}, capacity)
+    program = build_program({0: terms}, capacity, limits=limits)
     result = solve(
         program.lp,
         start=program.start_from({0: start}),

@@ -22,6 +22,26 @@ MEMORY_HEADROOM = 0.10  # of a GPU, for the CUDA context, NCCL's buffers and fra
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replication:
+    """Which replicas are allowed; never two copies of an expert on one GPU.
+
+    Attributes:
+        extra: copies of a layer on top of one of each expert.
+        equal_shares: copies of an expert take equal shares of its rows; otherwise any.
+        survive_hosts: hosts that may fail without an expert losing all copies: 0 or 1.
+    """
+
+    extra: int = 0
+    equal_shares: bool = False
+    survive_hosts: int = 0
+
+    @property
+    def least_copies(self) -> int:
+        """Copies that every expert has at least."""
+        return 1 + self.survive_hosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """Everything the evaluator and the solver need.
 
@@ -36,6 +56,7 @@ class Problem:
         slots_of_gpu: most experts of all layers together that fit in a GPU's memory, [ranks].
         fixed: memory of every rank without its experts.
         objective: which seconds count.
+        replication: which replicas are allowed.
     """
 
     model: ModelSpec
@@ -48,11 +69,17 @@ class Problem:
     slots_of_gpu: npt.NDArray[np.int64]
     fixed: tuple[RankMemory, ...]
     objective: Objective = field(default_factory=Objective)
+    replication: Replication = field(default_factory=Replication)
 
     @property
     def num_ranks(self) -> int:
         """Size of the EP group."""
         return len(self.gpus)
+
+    @property
+    def copies_per_layer(self) -> int:
+        """Copies of all experts of a layer, replicas included."""
+        return self.model.num_experts + self.replication.extra
 
     @property
     def layers_coupled(self) -> bool:
@@ -62,7 +89,7 @@ class Problem:
 
 
 def choose_group(
-    cluster: Cluster, model: ModelSpec, ep: int | None, experts_per_gpu: int
+    cluster: Cluster, model: ModelSpec, ep: int | None, experts_per_gpu: int, replicas: int = 0
 ) -> tuple[tuple[Gpu, ...], str]:
     """Return the EP group in rank order, and the reason for it.
 
@@ -71,7 +98,8 @@ def choose_group(
         InfeasibleError: the group has fewer slots than experts.
     """
     gpus = cluster.gpus()
-    size = min(len(gpus), model.num_experts) if ep is None else ep
+    copies = model.num_experts + replicas
+    size = min(len(gpus), copies) if ep is None else ep
     if size > len(gpus):
         raise InputError(
             f"EP={size} needs {size} GPUs, {cluster.name} has {len(gpus)}",
@@ -85,17 +113,18 @@ def choose_group(
             f"{cluster.name} does not tell the model of GPUs {', '.join(unknown[:8])}",
             hints=[f"give it with --gpu MODEL ({', '.join(sorted(hardware().gpus))})"],
         )
-    if size * experts_per_gpu < model.num_experts:
-        needed = -(-model.num_experts // experts_per_gpu)
+    if size * experts_per_gpu < copies:
+        needed = -(-copies // experts_per_gpu)
+        what = f"{model.num_experts} experts" + (f" and {replicas} replicas" if replicas else "")
         raise InfeasibleError(
-            f"{model.num_experts} experts a layer do not fit on {size} GPUs with at most "
+            f"{what} a layer do not fit on {size} GPUs with at most "
             f"{experts_per_gpu} expert{'s' * (experts_per_gpu > 1)} of a layer on a GPU: "
             f"{size * experts_per_gpu} slots",
             hints=[
-                f"allow --experts-per-gpu {-(-model.num_experts // size)}",
+                f"allow --experts-per-gpu {-(-copies // size)}",
                 f"use {needed} GPUs or more"
                 + (f" (--ep {needed})" if needed <= len(gpus) else f" ({len(gpus)} are there)"),
-                f"plan for {size * experts_per_gpu} experts or fewer (--experts)",
+                f"plan for {size * experts_per_gpu - replicas} experts or fewer (--experts)",
             ],
         )
     return tuple(gpus[:size]), _group_reason(len(gpus), size, ep)
@@ -118,6 +147,7 @@ def make_problem(
     traffic: Traffic,
     experts_per_gpu: int,
     objective: Objective | None = None,
+    replication: Replication | None = None,
 ) -> Problem:
     """Return the problem, checked for room.
 
@@ -141,7 +171,9 @@ def make_problem(
         slots_of_gpu=np.maximum(free // model.expert_bytes, 0),
         fixed=fixed,
         objective=objective or Objective(),
+        replication=replication or Replication(),
     )
+    _check_replication(problem)
     even_capacity(problem)  # refuses what does not fit
     return problem
 
@@ -156,7 +188,7 @@ def _fixed_memory(
 ) -> tuple[RankMemory, ...]:
     """Return every rank's memory before experts; rows are bounded by the hottest experts' rows."""
     per_expert = np.sort(traffic.counts.sum(axis=2), axis=2)  # [windows, layers, experts]
-    received = int(per_expert[:, :, -experts_per_gpu:].sum(axis=2).max())
+    received = int(per_expert[:, :, -experts_per_gpu:].sum(axis=2).max())  # without replicas' help
     sent = traffic.tokens_per_rank * model.top_k
     # Rows sent and received, their results on the way back, and the experts' hidden layer.
     hidden = (2 if model.gated else 1) * model.expert_ffn_size * DTYPE_BYTES[model.dtype]
@@ -191,7 +223,7 @@ def even_capacity(problem: Problem) -> npt.NDArray[np.int64]:
     dealt = np.zeros(shape, dtype=np.int64)
     left = problem.slots_of_gpu.copy()
     for layer in range(model.num_moe_layers):
-        for expert in range(model.num_experts):
+        for expert in range(problem.copies_per_layer):
             room = np.where(dealt[layer] < problem.experts_per_gpu, left, 0)
             gpu = int(room.argmax())
             if not room[gpu]:
@@ -199,6 +231,46 @@ def even_capacity(problem: Problem) -> npt.NDArray[np.int64]:
             dealt[layer, gpu] += 1
             left[gpu] -= 1
     return dealt
+
+
+def _check_replication(problem: Problem) -> None:
+    rule, experts = problem.replication, problem.model.num_experts
+    most = experts * problem.num_ranks
+    if problem.copies_per_layer > most:
+        raise InfeasibleError(
+            f"{rule.extra} replicas are too many: {experts} experts on {problem.num_ranks} GPUs "
+            f"have {most} places, because a GPU holds one copy of an expert at most",
+            hints=[f"take --replicas {most - experts} or fewer"],
+        )
+    hosts = len({gpu.host for gpu in problem.gpus})
+    if rule.survive_hosts and hosts < 2:
+        raise InfeasibleError(
+            "no plan survives the loss of a host: all GPUs are on one",
+            hints=["take GPUs of two hosts or more (--ep, --topology)"],
+        )
+    if rule.extra < rule.survive_hosts * experts:
+        raise InfeasibleError(
+            f"to survive the loss of a host every one of {experts} experts needs two copies; "
+            f"{rule.extra} replicas are allowed",
+            hints=[f"take --replicas {experts} or more"],
+        )
+
+
+def no_room_for_copies(problem: Problem) -> InfeasibleError:
+    """Return the error for copies that find no GPU: too many of an expert, or hosts too uneven."""
+    rule, experts = problem.replication, problem.model.num_experts
+    hosts = len({gpu.host for gpu in problem.gpus})
+    problems = [
+        f"{problem.copies_per_layer} copies of {experts} experts on {problem.num_ranks} GPUs with "
+        f"at most {problem.experts_per_gpu} of a layer each, never two of an expert on one GPU"
+    ]
+    if rule.survive_hosts:
+        problems.append(f"every expert on two of {hosts} hosts or more")
+    return InfeasibleError(
+        "no place was found for some copy of an expert",
+        problems=problems,
+        hints=["allow more experts on a GPU (--experts-per-gpu)", "use more hosts (--ep)"],
+    )
 
 
 def _no_room(problem: Problem, layer: int, expert: int) -> InfeasibleError:

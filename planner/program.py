@@ -10,6 +10,7 @@
                              (overlapped: transfers and experts each by themselves)
     every expert once        sum over c of x[l,e,c] = 1
     experts in a cell        sum over e of x[l,e,c] <= capacity[c]
+    copies kept apart        sum over e of a group, c of a domain of x[l,e,c] <= most[group,domain]
     memory                   sum over l, e of x[l,e,c] <= slots[c]     (only where it binds)
     worst resource           t[l,p] >= sum over e, c of row[e,c] x[l,e,c]   for every row of p
     single experts           t[l,p] >= sum over c of alone[e,c] x[l,e,c]    and >= floor of p
@@ -25,8 +26,9 @@ import numpy as np
 import pulp
 
 from .cost import Placement
-from .objective import window_seconds
-from .search import Ints
+from .objective import Timed, window_seconds
+from .rows import LayerRows
+from .search import Ints, Limit
 from .terms import LayerTerms, PhaseTerms
 
 MICROSECONDS = 1e6  # keeps coefficients near 1, where HiGHS's tolerances are meant
@@ -64,7 +66,10 @@ class Program:
 
 
 def build_program(
-    terms: Mapping[int, LayerTerms], capacity: Ints, slots: Ints | None = None
+    terms: Mapping[int, LayerTerms],
+    capacity: Ints,
+    slots: Ints | None = None,
+    limits: Sequence[Limit] = (),
 ) -> Program:
     """Return the program for the layers in `terms`.
 
@@ -72,6 +77,7 @@ def build_program(
         terms: by layer; several only when memory couples them.
         capacity: most experts of a layer in every cell, [cells].
         slots: most experts of all layers in every cell, [cells]; None where memory does not bind.
+        limits: on items that belong together.
     """
     lp = pulp.LpProblem("placement", pulp.LpMinimize)
     num_experts = next(iter(terms.values())).num_experts
@@ -86,6 +92,8 @@ def build_program(
             lp += _sum(x[layer, expert, cell] for cell in cells) == 1
         for cell in cells:
             lp += _sum(x[layer, expert, cell] for expert in experts) <= int(capacity[cell])
+        for limit in limits:
+            _keep_apart(lp, x, layer, limit)
         times = [
             lp.add_variable(_phase_name(layer, number), lowBound=phase.floor_s * MICROSECONDS)
             for number, phase in enumerate(layer_terms.phases)
@@ -100,16 +108,17 @@ def build_program(
 
 
 def add_objective(
-    lp: pulp.LpProblem, layer: int, terms: LayerTerms, times: Sequence[pulp.LpVariable]
+    lp: pulp.LpProblem, layer: int, terms: LayerTerms | LayerRows, times: Sequence[pulp.LpVariable]
 ) -> list[tuple[pulp.LpVariable, float]]:
     """Add the variables that turn phases `times` into the layer's seconds; return the objective."""
     totals = []
+    phases: Sequence[Timed] = terms.phases
     for window, constant_s in enumerate(terms.constant_s.tolist()):
         total = lp.add_variable(f"T_{layer}_{window}", lowBound=0)
         totals.append(total)
         own = [
             (phase, time)
-            for phase, time in zip(terms.phases, times, strict=True)
+            for phase, time in zip(phases, times, strict=True)
             if phase.window == window
         ]
         transfer = [(time, phase.weight) for phase, time in own if not phase.is_compute]
@@ -145,6 +154,16 @@ def objective_values(layer: int, terms: LayerTerms, durations: Sequence[float]) 
         values[f"v_{layer}"] = least
         values |= {f"u_{layer}_{w}": max(0.0, t - least) for w, t in enumerate(totals.tolist())}
     return values
+
+
+def _keep_apart(
+    lp: pulp.LpProblem, x: dict[tuple[int, int, int], pulp.LpVariable], layer: int, limit: Limit
+) -> None:
+    size = np.bincount(limit.group, minlength=len(limit.most))
+    for group, domain in np.argwhere(size[:, None] > limit.most).tolist():
+        items, cells = np.flatnonzero(limit.group == group), np.flatnonzero(limit.domain == domain)
+        inside = _sum(x[layer, e, c] for e, c in product(items.tolist(), cells.tolist()))
+        lp += inside <= int(limit.most[group, domain])
 
 
 def _phase_name(layer: int, number: int) -> str:

@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 from epplan.topologies.hardware import hardware
 from epplan.topologies.routes import Routes
 
-from .cost import Placement
+from .cost import Placement, Shares
 from .objective import Objective, layer_seconds
 from .problem import Problem
 
@@ -40,6 +40,7 @@ class PhaseRows:
         pair_row: row of every pair, [pairs].
         pair_gpu: GPU of every pair, [pairs].
         extra: seconds on top of base, [pairs, experts].
+        per_copy: rows that a copy loads whole, whatever its share of the traffic, [rows].
         capacity: of every row, to weigh rows that are added up, [rows].
         alone: the phase lasts at least this long when expert e sits on GPU g, [experts, gpus].
     """
@@ -51,6 +52,7 @@ class PhaseRows:
     pair_row: Ints
     pair_gpu: Ints
     extra: Floats
+    per_copy: npt.NDArray[np.bool_]
     capacity: Floats
     alone: Floats
 
@@ -76,6 +78,61 @@ class PhaseRows:
         alone = self.alone[np.arange(len(placement)), placement].max()
         return max(float(self.load(placement).max(initial=0.0)), float(alone))
 
+    def load_of_shares(self, shares: Shares) -> Floats:
+        """Return every row's seconds for shares of experts on GPUs, [rows]."""
+        load: Floats = (self.base * shares.sum(axis=1)).sum(axis=1)
+        whole = self.per_copy[self.pair_row][:, None]
+        at = np.where(whole, shares.T[self.pair_gpu] > 0, shares.T[self.pair_gpu])
+        np.add.at(load, self.pair_row, (self.extra * at).sum(axis=1))
+        return load
+
+    def seconds_of_shares(self, shares: Shares) -> float:
+        """Return the phase's duration for shares of experts on GPUs, [experts, gpus]."""
+        if not len(self.base):  # latency: a path is used or not
+            return float(self.alone[shares > 0].max())
+        return float(self.load_of_shares(shares).max())
+
+    def floor_with_copies(self, num_copies: int) -> float:
+        """Return what the phase lasts at least with so many copies of all experts, shares free.
+
+        Each of n copies of an expert loads its own GPU's rows; the largest has a share of 1/n at
+        least. So within L, expert e needs alone[e] / L copies, and all of them need num_copies.
+        """
+        if not len(self.base):
+            return self.floor_s
+        whole = self.copies(np.arange(self.alone.shape[0]), np.zeros(self.alone.shape[0])).floor_s
+        alone = self._alone_of_traffic().min(axis=1)
+        low, high = alone.max() / self.alone.shape[1], alone.max()
+        for _ in range(60):
+            middle = (low + high) / 2
+            enough = np.maximum(1, np.ceil(alone / max(middle, 1e-300) - 1e-9)).sum() <= num_copies
+            low, high = (low, middle) if enough else (middle, high)
+        return max(float(low), whole)
+
+    def _alone_of_traffic(self) -> Floats:
+        """Return `alone` without the rows that a copy loads whole, [experts, gpus]."""
+        pairs = ~self.per_copy[self.pair_row]
+        return _alone(
+            self.base,
+            self.pair_row[pairs],
+            self.pair_gpu[pairs],
+            self.extra[pairs],
+            self.alone.shape[1],
+        )
+
+    def copies(self, expert: Ints, share: Floats) -> "PhaseRows":
+        """Return the phase with copies in the place of experts."""
+        base = self.base[:, expert] * share
+        part = np.where(self.per_copy[self.pair_row][:, None], 1.0, share)
+        extra = self.extra[:, expert] * part
+        num_gpus = self.alone.shape[1]
+        alone = (
+            _alone(base, self.pair_row, self.pair_gpu, extra, num_gpus)
+            if len(base)
+            else self.alone[expert]  # latency: a path is used or not
+        )
+        return replace(self, base=base, extra=extra, alone=alone)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRows:
@@ -98,6 +155,14 @@ class LayerRows:
     def seconds(self, placement: Placement) -> float:
         """Return the cost of a placement, [experts]."""
         return self.total([phase.seconds(placement) for phase in self.phases])
+
+    def copies(self, expert: Ints, share: Floats) -> "LayerRows":
+        """Return the rows of copies: `share` [items] of `expert` [items]."""
+        return replace(self, phases=tuple(phase.copies(expert, share) for phase in self.phases))
+
+    def seconds_of_shares(self, shares: Shares) -> float:
+        """Return the cost of shares of experts on GPUs, [experts, gpus]."""
+        return self.total([phase.seconds_of_shares(shares) for phase in self.phases])
 
     def total(self, durations: Sequence[float]) -> float:
         """Return the layer's seconds from its phases'."""
@@ -277,6 +342,7 @@ def _transfer_rows(name: str, window: int, structure: _Structure, per_flow: Floa
         pair_row=structure.pair_row,
         pair_gpu=structure.pair_gpu,
         extra=extra,
+        per_copy=np.zeros(len(base), dtype=bool),
         capacity=structure.capacity,
         alone=_alone(base, structure.pair_row, structure.pair_gpu, extra, structure.num_gpus),
     )
@@ -309,6 +375,7 @@ def _compute_rows(problem: Problem, window: int, counts: Floats) -> PhaseRows:
         pair_row=np.arange(2 * len(gpus)),
         pair_gpu=np.concatenate([gpus, gpus]),
         extra=np.concatenate([arithmetic, reading]),
+        per_copy=np.repeat([False, True], len(gpus)),
         capacity=np.concatenate([problem.flops_per_s, problem.hbm_bytes_per_s]),
         alone=np.maximum(arithmetic, reading).T,
     )
@@ -325,6 +392,7 @@ def _latency_rows(name: str, window: int, alone: Floats) -> PhaseRows:
         pair_row=nothing,
         pair_gpu=nothing,
         extra=np.zeros((0, num_experts)),
+        per_copy=np.zeros(0, dtype=bool),
         capacity=np.zeros(0),
         alone=alone,
     )
@@ -350,14 +418,7 @@ def _mirrored(dispatch: PhaseRows, combine: PhaseRows) -> bool:
     num_gpus = dispatch.alone.shape[1]
     for _ in range(4):
         at = random.random((dispatch.base.shape[1], num_gpus))
-        first, second = _fractional_load(dispatch, at), _fractional_load(combine, at)
+        first, second = dispatch.load_of_shares(at), combine.load_of_shares(at)
         if not np.allclose(np.sort(first), np.sort(second), rtol=1e-9, atol=0):
             return False
     return True
-
-
-def _fractional_load(phase: PhaseRows, at: Floats) -> Floats:
-    """Return every row's load when a share at[e, g] of expert e sits on GPU g."""
-    load: Floats = (phase.base * at.sum(axis=1)).sum(axis=1)
-    np.add.at(load, phase.pair_row, (phase.extra * at.T[phase.pair_gpu]).sum(axis=1))
-    return load

@@ -20,17 +20,24 @@ from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
 from .highs import solve, solver_name
 from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Task, in_id_order, place_layer
 from .plan import Status
-from .problem import Problem, even_capacity
+from .problem import Problem, even_capacity, no_room_for_copies
 from .processes import run_in_processes
 from .program import MICROSECONDS, build_program
+from .replicas import (
+    ReplicatedTask,
+    bound_with_replicas,
+    place_replicated,
+    start_with_replicas,
+)
 from .rows import RowBuilder
-from .search import contiguous
+from .search import NoRoomError, contiguous
 from .terms import gpu_terms
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
+AnyTask = Task | tuple[ReplicatedTask, LayerPlacement]
 Capacity = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
 
@@ -130,7 +137,7 @@ class _Work:
         self.cells = builder.cells()
         self.same_as = _equal_layers(problem)
         self.rows = {layer: builder.layer(layer) for layer in sorted(set(self.same_as))}
-        self.best = {layer: in_id_order(rows, capacity[layer]) for layer, rows in self.rows.items()}
+        self.best = {layer: self._start(layer) for layer in self.rows}
         self.joint_bound_s = 0.0
 
     def run(self) -> None:
@@ -150,8 +157,29 @@ class _Work:
         for layer, twin in enumerate(self.same_as):
             yield _layer_solution(self.problem, layer, self.best[twin], self.capacity[layer])
 
-    def _task(self, layer: int) -> Task:
+    def _start(self, layer: int) -> LayerPlacement:
+        if not self.problem.replication.extra:
+            return in_id_order(self.rows[layer], self.capacity[layer])
+        try:
+            return start_with_replicas(self._replicated(layer, self.capacity[layer]))
+        except NoRoomError:
+            raise no_room_for_copies(self.problem) from None
+
+    def _task(self, layer: int) -> AnyTask:
+        if self.problem.replication.extra:
+            return self._replicated(layer, self.capacity[layer]), self.best[layer]
         return self.rows[layer], self.cells, self.capacity[layer], self.best[layer]
+
+    def _replicated(self, layer: int, capacity: Capacity) -> ReplicatedTask:
+        hosts = list(dict.fromkeys(gpu.host for gpu in self.problem.gpus))
+        return ReplicatedTask(
+            rows=self.rows[layer],
+            load=self.problem.counts[:, layer].sum(axis=1).mean(axis=0),
+            cell_of_gpu=self.cells,
+            host_of_gpu=np.array([hosts.index(gpu.host) for gpu in self.problem.gpus]),
+            capacity=capacity,
+            rule=self.problem.replication,
+        )
 
     def _take(self, layer: int, better: LayerPlacement) -> None:
         self.best[layer] = better
@@ -177,11 +205,16 @@ class _Work:
         for layer, rows in self.rows.items():
             # The placement keeps its share of memory; the bound must hold without such shares.
             free = np.full_like(self.capacity[layer], self.problem.experts_per_gpu)
-            start = in_id_order(rows, free)
-            proven = place_layer((rows, self.cells, free, start), self.effort)
-            placed = place_layer(self._task(layer), self.effort)
-            self._take(layer, replace(placed, bound_s=min(proven.bound_s, placed.seconds)))
-        if small:
+            bound = (
+                bound_with_replicas(self._replicated(layer, free), self.effort)
+                if self.problem.replication.extra
+                else place_layer(
+                    (rows, self.cells, free, in_id_order(rows, free)), self.effort
+                ).bound_s
+            )
+            placed = _place(self._task(layer), self.effort)
+            self._take(layer, replace(placed, bound_s=min(bound, placed.seconds)))
+        if small and not self.problem.replication.extra:
             self._solve_jointly()
 
     def _solve_jointly(self) -> None:
@@ -209,9 +242,15 @@ class _Work:
             )
 
 
-def _place_within(task: Task, effort: Effort, budget_s: float) -> LayerPlacement:
+def _place_within(task: AnyTask, effort: Effort, budget_s: float) -> LayerPlacement:
     """Solve one layer within its own time, from when it starts."""
-    return place_layer(task, replace(effort, deadline=time.monotonic() + budget_s))
+    return _place(task, replace(effort, deadline=time.monotonic() + budget_s))
+
+
+def _place(task: AnyTask, effort: Effort) -> LayerPlacement:
+    if isinstance(task[0], ReplicatedTask):
+        return place_replicated(task[0], task[1], effort)
+    return place_layer(task, effort)
 
 
 def _equal_layers(problem: Problem) -> list[int]:
@@ -237,14 +276,14 @@ def _status(reached: float, wanted: float) -> Status:
 def _layer_solution(
     problem: Problem, layer: int, best: LayerPlacement, capacity: Capacity
 ) -> LayerSolution:
-    shares = one_copy(best.placement, problem.num_ranks)
+    shares = best.shares(problem.num_ranks)
     evaluation = evaluate_layer(problem, layer, shares)
     if abs(evaluation.seconds - best.seconds) > _AGREEMENT * best.seconds:
         raise EpplanError(
             f"layer {layer}: the evaluator prices the placement at {evaluation.seconds} s, the "
             f"program at {best.seconds} s"
         )
-    in_order = one_copy(contiguous(len(best.placement), capacity), problem.num_ranks)
+    in_order = one_copy(contiguous(problem.model.num_experts, capacity), problem.num_ranks)
     return LayerSolution(
         shares=shares,
         evaluation=evaluation,

@@ -4,12 +4,12 @@ Shapes: B sequences, Q query heads, G key and value heads (G divides Q), S query
 positions (T >= S), D width of a query or key head, V width of a value head.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+
+from .own_kernels import can_run_kernels, can_run_short_step_kernels
 
 # torch's own kernels end at heads of 256; for 512 only its oldest remains, with a quarter of the
 # speed of ours (docs/log.md).
@@ -41,11 +41,16 @@ def attend(
         window = None
     if sinks_Q is not None or window is not None:
         return _attend_masked(query_BQSD, key_BGTD, value_BGTV, scale, window, sinks_Q)
-    if num_queries > 1 and _has_wide_kernel(query_BQSD, key_BGTD, value_BGTV):
-        from .kernels.wide_attention import wide_attention
+    scale = query_BQSD.shape[3] ** -0.5 if scale is None else scale
+    if _is_wide(query_BQSD, key_BGTD, value_BGTV) and can_run_kernels(query_BQSD):
+        if num_queries > 1:
+            from .kernels.wide_attention import wide_attention
 
-        scale = query_BQSD.shape[3] ** -0.5 if scale is None else scale
-        return wide_attention(query_BQSD, key_BGTD, value_BGTV, scale)
+            return wide_attention(query_BQSD, key_BGTD, value_BGTV, scale)
+        from .kernels.decode_attention import decode_attention, serves
+
+        if can_run_short_step_kernels(query_BQSD) and serves(query_BQSD, key_BGTD, value_BGTV):
+            return decode_attention(query_BQSD, key_BGTD, value_BGTV, scale)
     mask = None
     if 1 < num_queries < num_keys:
         mask = causal_lower_right(num_queries, num_keys)  # a kind of mask that kernels know
@@ -67,26 +72,8 @@ def attend(
     )
 
 
-def _has_wide_kernel(query_BQSD: Tensor, key_BGTD: Tensor, value_BGTV: Tensor) -> bool:
-    """Return whether `kernels.wide_attention` can run here."""
-    return (
-        query_BQSD.is_cuda
-        and query_BQSD.shape[3] == key_BGTD.shape[3] == value_BGTV.shape[3] == _WIDE_HEAD
-        and query_BQSD.dtype in (torch.float16, torch.bfloat16)
-        and not torch.is_grad_enabled()  # it has no backward pass
-        and _is_hopper_with_gluon(query_BQSD.device)
-    )
-
-
-@cache
-def _is_hopper_with_gluon(device: torch.device) -> bool:
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    try:
-        from .kernels import wide_attention  # noqa: F401
-    except (ImportError, AttributeError):  # no Triton, or one older than 3.6
-        return False
-    return True
+def _is_wide(*heads: Tensor) -> bool:
+    return all(tensor.shape[3] == _WIDE_HEAD for tensor in heads)
 
 
 def _attend_masked(

@@ -7,7 +7,7 @@ the key and value latent, E = C + R.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from epplan.planner.model import AttentionSpec, ModelSpec
 
+from .adjacent import adjacent
 from .attend import attend
 from .kv_cache import KvCache
+from .linear import linear
 from .norm import LATENT_EPSILON, rms_norm
 from .rope import Rotation, make_rotation, rotate
 
@@ -76,9 +78,10 @@ def _grouped_query(
     layer: int,
 ) -> Tensor:
     """Return the heads' outputs, [B, Q, S, D]."""
-    query_BQSD = _heads(_project(x_BSH, weights, "query"), spec.num_heads)
-    key_BGSD = _heads(_project(x_BSH, weights, "key"), spec.num_kv_heads)
-    value_BGSD = _heads(_project(x_BSH, weights, "value"), spec.num_kv_heads)
+    query_BSO, key_BSO, value_BSO = _project_together(x_BSH, weights, ("query", "key", "value"))
+    query_BQSD = _heads(query_BSO, spec.num_heads)
+    key_BGSD = _heads(key_BSO, spec.num_kv_heads)
+    value_BGSD = _heads(value_BSO, spec.num_kv_heads)
     if spec.qk_norm:
         query_BQSD = rms_norm(query_BQSD, weights.get("query_norm"), step.epsilon)
         key_BGSD = rms_norm(key_BGSD, weights.get("key_norm"), step.epsilon)
@@ -190,7 +193,28 @@ def _scale(spec: AttentionSpec, width: int) -> float:
 
 
 def _project(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
-    return F.linear(x, weights[name], weights.get(f"{name}.bias"))
+    return linear(x, weights[name], weights.get(f"{name}.bias"))
+
+
+def _project_together(
+    x: Tensor, weights: Mapping[str, Tensor], names: Sequence[str]
+) -> Sequence[Tensor]:
+    """Return several projections; in one product where `join_projections` made that possible."""
+    has_bias = any(f"{name}.bias" in weights for name in names)
+    joined = None if has_bias else adjacent([weights[name] for name in names])
+    if joined is None:
+        return [_project(x, weights, name) for name in names]
+    return torch.split(linear(x, joined), [weights[name].shape[0] for name in names], dim=-1)
+
+
+def join_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's tensors with query, key and value one after the other in memory."""
+    names = ("query", "key", "value")
+    if not all(name in weights for name in names):
+        return weights
+    joined = torch.cat([weights[name] for name in names])
+    parts = torch.split(joined, [weights[name].shape[0] for name in names])
+    return {**weights, **dict(zip(names, parts, strict=True))}
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

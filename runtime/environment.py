@@ -7,6 +7,7 @@ comes with the reason for it.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,19 +16,22 @@ from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
 
 REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMA_NODES = Path("/sys/devices/system/node")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEnvironment:
     """Who this process is among the ranks.
 
-    `num_local_ranks` is None where the launcher does not say it.
+    `num_local_ranks` is None where the launcher does not say it; `restarts` counts how often
+    torchrun has started the ranks again.
     """
 
     rank: int
     local_rank: int
     world_size: int
     num_local_ranks: int | None
+    restarts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,7 @@ def read_environment(variables: Mapping[str, str]) -> RankEnvironment:
         local_rank=int(variables["LOCAL_RANK"]),
         world_size=int(variables["WORLD_SIZE"]),
         num_local_ranks=int(variables.get("LOCAL_WORLD_SIZE") or 0) or None,
+        restarts=int(variables.get("TORCHELASTIC_RESTART_COUNT") or 0),
     )
 
 
@@ -124,6 +129,35 @@ def choose_setting(backend: str, model: ModelSpec, local_rank: int, local_ranks:
 def num_threads(local_ranks: int) -> int:
     """Return the CPU threads of one rank, so that the ranks of a machine share its cores."""
     return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
+def bind_cpus(numa: int | None, nodes: Path = NUMA_NODES) -> None:
+    """Keep this process, and all threads it starts from now on, near its GPU.
+
+    Memory follows: Linux takes it from the node of the CPU that first writes to it.
+
+    Args:
+        numa: the GPU's NUMA node; None where the plan does not know.
+        nodes: the kernel's folder of NUMA nodes.
+    """
+    try:
+        text = (nodes / f"node{numa}/cpulist").read_text()
+    except OSError:  # no such node: a virtual machine or container that hides them
+        return
+    # A scheduler may have given other CPUs; then its choice stands.
+    cpus = _cpu_numbers(text) & os.sched_getaffinity(0)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+
+
+def _cpu_numbers(text: str) -> set[int]:
+    """Return the CPUs in a list such as `0-3,8`."""
+    numbers: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 def _cpu_notes(model: ModelSpec) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ be 0.
 
 from torch import Tensor
 
+from .own_kernels import can_run_short_step_kernels
+
 
 class KvCache:
     """Keys and values of some sequences, all equally long.
@@ -39,8 +41,7 @@ class KvCache:
         length = first + key_BGSD.shape[2]
         keys = _with_room(self._keys[layer], key_BGSD, first, length, self._capacity)
         values = _with_room(self._values[layer], value_BGSV, first, length, self._capacity)
-        keys[:, :, first:length] = key_BGSD
-        values[:, :, first:length] = value_BGSV
+        _write(keys, values, key_BGSD, value_BGSV, first)
         self._keys[layer], self._values[layer] = keys, values
         self._lengths[layer] = length
         return keys[:, :, :length], values[:, :, :length]
@@ -48,6 +49,19 @@ class KvCache:
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` positions."""
         self._lengths = [min(held, length) for held in self._lengths]
+
+
+def _write(keys: Tensor, values: Tensor, key_BGSD: Tensor, value_BGSV: Tensor, first: int) -> None:
+    """Copy new positions into their buffers."""
+    is_short = key_BGSD.shape == value_BGSV.shape and key_BGSD.shape[2] == 1
+    if is_short and can_run_short_step_kernels(keys):
+        from .kernels.decode_rows import append
+
+        append([keys, values], [key_BGSD, value_BGSV], first)
+        return
+    last = first + key_BGSD.shape[2]
+    keys[:, :, first:last] = key_BGSD
+    values[:, :, first:last] = value_BGSV
 
 
 def _with_room(

@@ -20,16 +20,18 @@ from .build import build_model
 from .clock import PhaseClock, synchronize
 from .environment import Setting
 from .generate import generate
-from .model import Step
+from .model import ExpertParallelModel, Step
 from .monitor import measure_load
 from .options import Options
 from .result import PhaseTime, Result
 from .schedule import Choice, choose
-from .source import CheckpointSource, open_source
+from .source import CheckpointSource, Source, open_source
 from .trace import trace_text
 from .training import Trainer
+from .upkeep import Upkeep, Upkept
 from .verify import Verification, verify
 from .verify_gradients import verify_gradients
+from .watchdog import At, Watchdog, say_nothing
 
 Gathered = TypeVar("Gathered")
 
@@ -43,7 +45,9 @@ class RankTiming:
     reran: int  # steps
 
 
-def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Result | None:
+def run_rank(
+    plan: Plan, options: Options, setting: Setting, rank: int, watchdog: Watchdog | None = None
+) -> Result | None:
     """Run the plan's model on all ranks; a collective.
 
     Returns:
@@ -66,47 +70,93 @@ def run_rank(plan: Plan, options: Options, setting: Setting, rank: int) -> Resul
     choice = choose(plan, options, setting.device)
     model = build_model(plan, options, choice, source.weights, rank)
     x_BSH = source.hidden(rank)
-    warm_up = model.forward(x_BSH, check_rows=True)  # checks every row's way
+    at: At = say_nothing if watchdog is None else watchdog.at
     trainer = Trainer(plan, options, model, rank) if options.train else None
     run = partial(model.forward if trainer is None else trainer.step, x_BSH)
-    step, own_timing = _time_steps(run, model.clock, options.steps, setting.device)
-    timings = _gather(own_timing, rank, plan.world_size)
-    if options.trace is not None:
-        spans = _gather(model.clock.spans(), rank, plan.world_size)
-        if spans is not None:
-            write_atomically(options.trace, trace_text(plan, spans))
-    verification = None
-    if options.verify:
-        verification = verify(step, plan, model.layers, source, rank, float8=options.fp8_dispatch)
-        if trainer is not None:
-            verification = verify_gradients(verification, trainer, step, plan, source, rank)
-    generated = None
-    if isinstance(source, CheckpointSource):
-        generated = generate(model, source.head, source.tokens(rank), options.new_tokens).tolist()
+    with Upkeep(plan, options, model, source.weights, at) as upkeep:
+        at("the warm-up step")
+        warm_up = model.forward(x_BSH, check_rows=True)  # checks every row's way
+        upkeep.check()
+        with upkeep.balancing():
+            timed = _time_steps(run, model.clock, options.steps, setting.device, upkeep)
+        upkept = upkeep.finish()
+        timings = _gather(timed.timing, rank, plan.world_size)
+        if options.trace is not None:
+            spans = _gather(model.clock.spans(), rank, plan.world_size)
+            if spans is not None:
+                write_atomically(options.trace, trace_text(plan, spans))
+        verification = None
+        if options.verify:
+            verification = _verify(timed.step, options, model, source, upkeep, at)
+            if trainer is not None:
+                verification = verify_gradients(
+                    verification, trainer, timed.step, plan, source, rank
+                )
+        generated = None
+        if isinstance(source, CheckpointSource):
+            at("the generation of new tokens", limited=False)
+            tokens = source.tokens(rank)
+            generated = generate(model, source.head, tokens, options.new_tokens).tolist()
     if timings is None:
         return None
     reran = warm_up.reran + timings[0].reran
-    notes = (*setting.notes, *source.notes, *_notes(options, choice, reran))
-    return _result(plan, options, setting, choice, timings, verification, step, generated, notes)
+    notes = (*setting.notes, *source.notes, *_notes(options, choice, reran), *upkept.notes)
+    return _result(
+        plan, options, setting, choice, timings, verification, timed, upkept, generated, notes
+    )
+
+
+def _verify(
+    step: Step,
+    options: Options,
+    model: ExpertParallelModel,
+    source: Source,
+    upkeep: Upkeep,
+    at: At,
+) -> Verification | None:
+    """Compare a step with the dense model; a plain one where balancing has changed outputs."""
+    if upkeep.changes_outputs:
+        at("a step without balancing, to compare with the dense model")
+        with upkeep.plain():
+            step = model.forward(source.hidden(model.dispatcher.channel.rank))
+    at("the comparison with the dense model", limited=False)
+    rank = model.dispatcher.channel.rank
+    return verify(step, upkeep.plan, model.layers, source, rank, float8=options.fp8_dispatch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timed:
+    """The last step, the plan it used, and the time of each."""
+
+    step: Step
+    plan: Plan
+    timing: RankTiming
 
 
 def _time_steps(
-    run: Callable[[], Step], clock: PhaseClock, steps: int, device: torch.device
-) -> tuple[Step, RankTiming]:
-    """Return the last step, and the time of each."""
+    run: Callable[[], Step],
+    clock: PhaseClock,
+    steps: int,
+    device: torch.device,
+    upkeep: Upkeep,
+) -> _Timed:
     times: list[float] = []
     phases: list[dict[str, float]] = []
     reran = 0
     for _ in range(steps):
+        upkeep.before_step()
         dist.barrier()  # all ranks start together, so that nobody's delay is counted twice
         synchronize(device)
+        plan = upkeep.plan
         begin = time.perf_counter()
         step = run()
         synchronize(device)
         times.append(time.perf_counter() - begin)
         phases.append(clock.seconds())
         reran += step.reran
-    return step, RankTiming(steps=times, phases=phases, reran=reran)
+        upkeep.after_step(step, times[-1])
+    timing = RankTiming(steps=times, phases=phases, reran=reran)
+    return _Timed(step=step, plan=plan, timing=timing)
 
 
 def _gather(own: Gathered, rank: int, world_size: int) -> list[Gathered] | None:
@@ -132,11 +182,12 @@ def _result(
     choice: Choice,
     timings: list[RankTiming],
     verification: Verification | None,
-    step: Step,
+    timed: _Timed,
+    upkept: Upkept,
     generated: list[list[int]] | None,
     notes: tuple[str, ...],
 ) -> Result:
-    load = measure_load(plan, step.counts_LWWP)
+    load = measure_load(timed.plan, timed.step.counts_LWWP)
     tokens_per_step = plan.world_size * options.sequences * options.positions
     slowest_rank = [max(steps) for steps in zip(*(rank.steps for rank in timings), strict=True)]
     step_s = median(slowest_rank)
@@ -170,6 +221,12 @@ def _result(
         balance=load.balance,
         checkpoint=None if options.checkpoint is None else str(options.checkpoint),
         generated=generated,
+        output_changes=upkept.output_changes,
+        dropped_rows=upkept.progress.dropped_rows,
+        rebalances=upkept.progress.rebalances,
+        moved_experts=upkept.progress.moved_experts,
+        moved_bytes=upkept.progress.moved_bytes,
+        waits=upkept.waits,
         notes=notes,
     )
 

@@ -1,7 +1,8 @@
 """The model as one rank of an expert-parallel group runs it.
 
 Shapes: B sequences, S positions, T = B x S tokens, H hidden size, E experts, K experts per token,
-R rows received, W ranks, P slots per rank, L MoE layers, M micro-batches.
+R rows received, W ranks, P slots per rank, L MoE layers, M tokens as dispatch takes them (T of
+them, or single rows where some are dropped).
 
 A micro-batch is a generator over all layers: attend, route, dispatch, experts, combine. It yields
 wherever rows are under way, so that a schedule can let another micro-batch compute meanwhile;
@@ -17,14 +18,16 @@ from torch import Tensor
 from epplan.planner.model import ModelSpec
 
 from .attention import attention, attention_step
+from .balance import Outgoing, limited
 from .clock import PhaseClock, Place
 from .dispatch import Counts, Dispatcher, Routed, Transfer, gather_counts
 from .experts import MlpWeights, mlp, run_experts, shared_mlp
+from .hooks import Hooks
 from .kv_cache import KvCache
 from .layers import Layer, MoeWeights
-from .norm import rms_norm
+from .norm import add_rms_norm
 from .pipeline import Point, Schedule, take_turns
-from .router import route, router_logits
+from .router import route_tokens
 
 _END = Place(-1, -1)  # of a step, after all layers
 
@@ -72,6 +75,7 @@ class ExpertParallelModel:
         self.dispatcher = dispatcher
         self.schedule = schedule
         self.clock = clock
+        self.hooks = Hooks()
 
     def new_caches(self, capacity: int = 0) -> list[KvCache]:
         """Return empty caches, one for each micro-batch.
@@ -101,6 +105,8 @@ class ExpertParallelModel:
         """
         with torch.inference_mode(not train):
             self.clock.start()
+            if self.hooks.finite is not None:
+                self.hooks.finite.start()
             seen = [cache.length for cache in caches or ()]
             batches = self.run(x_BSH, self.dispatcher, caches=caches, check_rows=check_rows)
             counts = self._gather(batches)
@@ -155,53 +161,76 @@ class ExpertParallelModel:
         spec, step = self.spec, attention_step(self.spec, x_BSH, cache)
         choices: list[Tensor] = []
         counts: list[Counts] = []
+        out_BSH: Tensor | None = None  # of the layer before, added where the next norm is taken
         for index, layer in enumerate(self.layers):
             place = Place(index, number)
-            if len(x_BSH):  # an empty micro-batch has none, and CUDA's would return None for it
-                h_BSH = rms_norm(x_BSH, layer.input_norm_H, spec.norm_epsilon)
-                x_BSH = x_BSH + attention(h_BSH, layer.attention, spec.attention, step, index)
+            x_BSH, h_BSH = add_rms_norm(x_BSH, out_BSH, layer.input_norm_H, spec.norm_epsilon)
+            out_BSH = h_BSH
+            if len(x_BSH):  # an empty micro-batch has no attention: CUDA's would return None for it
+                out_BSH = attention(h_BSH, layer.attention, spec.attention, step, index)
             self.clock.mark("attention", place)
-            h_BSH = rms_norm(x_BSH, layer.post_attention_norm_H, spec.norm_epsilon)
+            gain_H = layer.post_attention_norm_H
+            x_BSH, h_BSH = add_rms_norm(x_BSH, out_BSH, gain_H, spec.norm_epsilon)
+            if self.hooks.finite is not None:
+                self.hooks.finite.home(index, x_BSH)
             h_TH = h_BSH.flatten(0, 1)
             if isinstance(layer.feed_forward, MlpWeights):
                 out_TH = mlp(h_TH, layer.feed_forward)
                 self.clock.mark("dense_mlp", place)
             else:
                 weights_TK, experts_TK = self._route(h_TH, layer.feed_forward)
-                slot_TK = layer.feed_forward.replicas.choose(experts_TK)
+                outgoing = limited(
+                    h_TH, experts_TK, weights_TK, spec.num_experts, self.hooks.capacity_factor
+                )
                 transfer = dispatcher.begin(
                     Routed(
-                        x_TH=h_TH,
-                        slot_TK=slot_TK,
-                        weights_TK=weights_TK,
+                        x_TH=outgoing.x_MH,
+                        slot_TK=layer.feed_forward.replicas.choose(outgoing.experts_MK),
+                        weights_TK=outgoing.weights_MK,
                         held=layer.feed_forward.held,
                         place=place,
                         check_rows=check_rows,
                     )
                 )
-                out_TH = yield from self._moe(h_TH, transfer, layer.feed_forward, place)
+                out_TH = yield from self._moe(h_TH, transfer, outgoing, layer.feed_forward, place)
                 choices.append(experts_TK)
                 counts.append(transfer.counts)
-            x_BSH = x_BSH + out_TH.view_as(x_BSH)
+            out_BSH = out_TH.view_as(x_BSH)
+        if out_BSH is not None:
+            x_BSH = x_BSH + out_BSH
         return MicroBatch(hidden_BSH=x_BSH, experts_LTK=torch.stack(choices), counts=counts)
 
     def _route(self, h_TH: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """Return the weight and the number of each token's experts, [T, K]."""
-        logits_TE = router_logits(h_TH, weights.router_EH, weights.logit_bias_E)
-        return route(logits_TE, self.spec.router, self.spec.top_k, weights.bias_E)
+        return route_tokens(
+            h_TH,
+            weights.router_EH,
+            weights.logit_bias_E,
+            self.spec.router,
+            self.spec.top_k,
+            weights.bias_E,
+        )
 
     def _moe(
-        self, h_TH: Tensor, transfer: Transfer, weights: MoeWeights, place: Place
+        self,
+        h_TH: Tensor,
+        transfer: Transfer,
+        outgoing: Outgoing,
+        weights: MoeWeights,
+        place: Place,
     ) -> Generator[Point, None, Tensor]:
         """Take rows that have begun their way to the experts there and back; [T, H]."""
         self.clock.mark("route", place)
         yield "counted"
         transfer.send()
+        self.hooks.rows_under_way(place)
         self.clock.mark("dispatch", place)
         yield "sent"
         rows = transfer.receive()
         self.clock.mark("dispatch", place)
         outputs_RH = run_experts(rows.rows_RH, rows.rows_of_slot, weights.experts)
+        if self.hooks.finite is not None:
+            self.hooks.finite.experts(place.layer, outputs_RH, rows.rows_of_slot)
         self.clock.mark("experts", place)
         transfer.send_back(outputs_RH)
         self.clock.mark("combine", place)
@@ -211,6 +240,6 @@ class ExpertParallelModel:
             shared_TH = shared_mlp(h_TH, weights.shared, weights.shared_gate_1H)
             self.clock.mark("shared_experts", place)
         yield "returned"
-        out_TH = transfer.receive_back()
+        out_TH = outgoing.home(transfer.receive_back())
         self.clock.mark("combine", place)
         return out_TH if shared_TH is None else out_TH + shared_TH

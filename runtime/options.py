@@ -16,6 +16,7 @@ class Options:
     steps: int
     seed: int
     verify: bool
+    timeout: float = 600.0  # seconds
     dispatcher: str = "auto"
     micro_batches: int | None = None  # None: chosen
     replicas: ReplicaChoice = "share"
@@ -27,6 +28,12 @@ class Options:
     checkpoint: Path | None = None
     prompt_tokens: str | None = None  # ids, separated by commas
     new_tokens: int = 1  # to generate after them, with a checkpoint
+    window: int = 10  # steps
+    metrics: Path | None = None  # rank 0 writes it
+    metrics_port: int | None = None  # rank 0 listens there
+    rebalance_drift: float | None = None  # None: experts stay where they are
+    gating_bias: float | None = None  # changes outputs
+    drop_beyond: float | None = None  # changes outputs
 
     @property
     def prompt(self) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ Shapes: N rows, S slots, T tokens, K choices per token, H hidden size.
 import torch
 from torch import Tensor
 
+from .own_kernels import can_run_short_step_kernels
+
 
 def count(key_N: Tensor, num_keys: int) -> Tensor:
     """Return how many rows have each key, int64 [num_keys].
@@ -45,6 +47,10 @@ def weighted_sum(rows_NH: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:
         row_TK: the row of each choice.
         weights_TK: float32.
     """
+    if can_run_short_step_kernels(rows_NH):
+        from .kernels.decode_rows import add_up_rows
+
+        return add_up_rows(rows_NH, row_TK, weights_TK)
     sum_TH = torch.zeros(len(row_TK), rows_NH.shape[1], dtype=torch.float32, device=rows_NH.device)
     for row_T, weight_T in zip(row_TK.unbind(1), weights_TK.unbind(1), strict=True):
         sum_TH += rows_NH.index_select(0, row_T) * weight_T[:, None]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from epplan.planner.plan import Plan
 
 from .monitor import LayerBalance
+from .waits import Waits
 
 _MAX_RANKS = 16  # rows of the printed table
 _MAX_SEQUENCES = 4  # whose new tokens are printed
@@ -53,6 +54,12 @@ class Result:
     balance: tuple[LayerBalance, ...]
     checkpoint: str | None = None  # None: seeded weights
     generated: list[list[int]] | None = None  # tokens after each of rank 0's sequences
+    output_changes: tuple[str, ...] = ()  # balancing that changed outputs; empty: the model's own
+    dropped_rows: int = 0  # of all timed steps, beyond the capacity
+    rebalances: int = 0  # slot tables put into use while running
+    moved_experts: int = 0
+    moved_bytes: int = 0
+    waits: Waits | None = None  # of the last window of steps
     notes: tuple[str, ...]
 
 
@@ -76,6 +83,8 @@ def summary_lines(result: Result, plan: Plan) -> Iterator[str]:
     phases = (f"{name} {time.mean_s * 1e3:.1f}" for name, time in result.phases.items())
     yield f"mean ms by phase: {', '.join(phases)}"
     yield _verdict(result)
+    yield from (f"OUTPUTS CHANGED: {change}" for change in result.output_changes)
+    yield from _balancing(result)
     if result.checkpoint is not None:
         yield f"weights of {result.checkpoint}"
     if result.generated is not None:
@@ -93,6 +102,23 @@ def _generated_lines(generated: list[list[int]]) -> Iterator[str]:
         yield f"sequence {number} of rank 0 goes on: {', '.join(map(str, tokens))}"
     if len(generated) > _MAX_SEQUENCES:
         yield f"  ... and {len(generated) - _MAX_SEQUENCES} more sequences"
+
+
+def _balancing(result: Result) -> Iterator[str]:
+    """Yield what balancing did and who was waited for."""
+    if result.dropped_rows:
+        yield f"{result.dropped_rows:,} rows dropped beyond the capacity, of all steps"
+    if result.moved_experts:
+        yield (
+            f"{result.moved_experts} experts moved while running ({result.moved_bytes:,} bytes), "
+            f"for {result.rebalances} new slot tables"
+        )
+    if result.waits is not None and result.waits.straggler is not None:
+        rank = result.waits.straggler
+        yield (
+            f"straggler: rank {rank} came last to {result.waits.last_share[rank]:.0%} of the "
+            "all-to-alls"
+        )
 
 
 def _verdict(result: Result) -> str:

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from epplan.planner.model import RouterSpec
 
+from .own_kernels import can_run_short_step_kernels
+
+_MOST_EXPERTS = 64  # whose logits a program holds; with more, torch's product is a large one
+_SHORT_STEP = 256  # tokens; each reads the router's weights by itself
+
 
 def route(
     logits_TE: Tensor, spec: RouterSpec, top_k: int, bias_E: Tensor | None = None
@@ -33,8 +38,29 @@ def route(
     return weigh(scores_TE, experts_TK, spec), experts_TK
 
 
+def route_tokens(
+    h_TH: Tensor,
+    router_EH: Tensor,
+    logit_bias_E: Tensor | None,
+    spec: RouterSpec,
+    top_k: int,
+    bias_E: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `route` makes of the hidden states' logits."""
+    plain = spec == RouterSpec(renormalize=False) and logit_bias_E is None and bias_E is None
+    if plain and top_k == 1 and len(h_TH) <= _SHORT_STEP and can_run_short_step_kernels(h_TH):
+        from .kernels.decode_rows import route_best
+
+        return route_best(h_TH, router_EH)
+    return route(router_logits(h_TH, router_EH, logit_bias_E), spec, top_k, bias_E)
+
+
 def router_logits(h_TH: Tensor, router_EH: Tensor, bias_E: Tensor | None) -> Tensor:
     """Return logits_TE of hidden states, float32."""
+    if bias_E is None and len(router_EH) <= _MOST_EXPERTS and can_run_short_step_kernels(h_TH):
+        from .kernels.router_logits import router_logits as router_logits_kernel
+
+        return router_logits_kernel(h_TH, router_EH)
     return F.linear(h_TH.float(), router_EH, bias_E)
 
 

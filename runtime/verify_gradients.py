@@ -54,7 +54,7 @@ def verify_gradients(
     torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
     problems: list[str] = []
     for other, (gradients, _) in enumerate(gathered):
-        layers = build_layers(plan, other, weights)
+        layers = build_layers(plan, other, weights, joined=False)
         expected = {name: weight.grad for name, weight in named_weights(layers)}
         expected["input"] = inputs[other].grad
         problems += _differences(other, gradients, expected, _TOLERANCE[dtype])

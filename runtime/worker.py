@@ -8,9 +8,6 @@ and fork the ranks.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +21,19 @@ from epplan.launcher.worker_options import worker_options
 from epplan.planner.plan import Plan, read_plan
 
 from .environment import (
-    RankEnvironment,
-    Setting,
+    bind_cpus,
     choose_setting,
     num_local_ranks,
     num_threads,
     read_environment,
 )
+from .identity import check_identity, this_host
 from .measure import run_rank
 from .options import Options
+from .process_group import meet, process_group
 from .result import Result, result_text, summary_lines
 
 _PROGRAM = "python -m epplan.runtime.worker"
-# The slowest rank may still build its weights while the others wait in their first collective.
-_TIMEOUT = timedelta(minutes=10)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -51,16 +47,28 @@ def main(args: list[str] | None = None) -> None:
 @click.option(
     "--result", type=click.Path(path_type=Path), help="File for rank 0's result, as JSON."
 )
-def command(plan: Path, result: Path | None, **options: Any) -> None:
+def command(
+    plan: Path,
+    result: Path | None,
+    identity: bool | None,
+    host_map: Path | None,
+    **options: Any,
+) -> None:
     """Run one rank of PLAN, with torchrun's variables in the environment."""
     try:
-        _run(plan, Options(**options), result)
+        _run(plan, Options(**options), result, identity is not False, host_map)
     except EpplanError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
 
 
-def _run(path: Path, options: Options, result_path: Path | None) -> None:
+def _run(
+    path: Path,
+    options: Options,
+    result_path: Path | None,
+    must_be_planned: bool,
+    host_map: Path | None,
+) -> None:
     environment = read_environment(os.environ)
     plan = read_plan(path)
     if plan.world_size != environment.world_size:
@@ -75,28 +83,15 @@ def _run(path: Path, options: Options, result_path: Path | None) -> None:
     setting = choose_setting(options.backend, plan.model, environment.local_rank, local_ranks)
     if setting.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads(local_ranks))
-    with _process_group(environment, setting):
+    store, host = meet(environment, options.timeout), this_host(os.environ)
+    if must_be_planned:
+        check_identity(store, plan, environment.rank, setting.device, host, host_map)
+        bind_cpus(plan.ranks[environment.rank].numa)
+    with process_group(environment, setting, store, options.timeout) as watchdog:
         _check_agreement(plan, options)
-        result = run_rank(plan, options, setting, environment.rank)
+        result = run_rank(plan, options, setting, environment.rank, watchdog)
     if result is not None:
         _report(result, plan, result_path)
-
-
-@contextmanager
-def _process_group(environment: RankEnvironment, setting: Setting) -> Iterator[None]:
-    device = setting.device if setting.device.type == "cuda" else None
-    if device is not None:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        setting.backend,
-        rank=environment.rank,
-        world_size=environment.world_size,
-        timeout=_TIMEOUT,
-        device_id=device,
-    )
-    yield
-    # Not after an error: others may still be waiting for this rank, and NCCL would wait for them.
-    dist.destroy_process_group()
 
 
 def _check_agreement(plan: Plan, options: Options) -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import traceback
 import warnings
@@ -22,6 +23,14 @@ import torch
 import torch.distributed as dist
 
 _TIMEOUT_S = 60.0
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class RankError(Exception):

@@ -1,6 +1,8 @@
 """`epplan launch` from its arguments to stdout, stderr and exit code."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,8 @@ import pytest
 from epplan.commands.launch import launch as command
 from epplan.errors import EpplanError, InputError
 from epplan.launcher.worker_options import option_arguments
-from epplan.planner.plan import write_plan
-from tests.launch_modules.plans import make_plan, write_ranks_plan
+from epplan.planner.plan import read_plan, write_plan
+from tests.launch_modules.plans import even_plan, make_plan, write_ranks_plan
 from tests.launch_modules.running import ROOT, Launch, finish
 
 ECHO = """
@@ -159,9 +161,11 @@ def test_launching_does_not_import_torch_into_the_launcher(tmp_path: Path) -> No
 
 def test_options_are_the_workers() -> None:
     worker = pytest.importorskip("epplan.runtime.worker").command
-    own, workers = ({option.name for option in x.params} for x in (command, worker))
-    assert own - workers == {"target", "as_json"}
-    assert workers - own == {"result"}
+    own, workers = ({option.name: option for option in x.params} for x in (command, worker))
+    assert workers.keys() - own.keys() == {"result"}
+    shared = (workers.keys() & own.keys()) - {"plan"}
+    assert {"backend", "sequences", "steps", "verify", "identity", "host_map"} <= shared
+    assert all(own[name].to_info_dict() == workers[name].to_info_dict() for name in shared)
 
 
 def test_options_as_the_worker_reads_them() -> None:
@@ -192,3 +196,110 @@ def test_the_real_worker(tmp_path: Path) -> None:
     assert result["max_abs_error"] < 1e-3
     assert result["tokens_per_s"] > 0
     assert sum(result["expert_load"][0]) == 4 * 2 * 8
+
+
+def epplan_launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "epplan", "launch", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_a_dry_run_writes_what_it_prints_and_starts_nothing(tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.json", make_plan({"b": [0, 1], "a": [0]}))
+    command = ["plan.json", "--to", "slurm", "--output-dir", "a job", "--dry-run", "--steps=7"]
+    done = epplan_launch(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = tmp_path / "a job"
+    for name in ("job.sbatch", "hosts.txt", "rank.sh"):
+        text = (job / name).read_text()
+        assert f"==> {job / name}\n{text}" in done.stdout
+        assert "epplan launch plan.json --to slurm --output-dir 'a job' --dry-run" in text
+    assert done.stdout.splitlines()[-1] == f"run here: sbatch '{job}/job.sbatch'"
+    assert "--steps=7" in (job / "rank.sh").read_text()
+    assert read_plan(job / "plan.json") == read_plan(tmp_path / "plan.json")
+
+
+def test_a_job_as_json(tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.json", make_plan({"b": [0, 1], "a": [0]}))
+    command = ["plan.json", "--to", "torchrun", "--dry-run", "--json", "--env=A=b c"]
+    done = epplan_launch(*command, cwd=tmp_path)
+    job = json.loads(done.stdout)
+    folder = tmp_path / "plan-torchrun"
+    assert [file["name"] for file in job["files"]] == ["plan.json", "host-0.sh", "host-1.sh"]
+    assert job["commands"] == [
+        {"host": host, "arguments": ["bash", f"{folder}/host-{index}.sh"]}
+        for index, host in enumerate("ba")
+    ]
+    assert job["result"] == f"{folder}/result.json"
+    assert {"name": "A", "value": "b c", "for": "all ranks", "replaces": True} in [
+        {key: row[key] for key in ("name", "value", "for", "replaces")}
+        for row in job["environment"]
+    ]
+
+
+def test_show_env_gives_every_variable_its_reason_and_writes_nothing(tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.json", make_plan({"b": [0, 1]}))
+    for target in ("local", "slurm"):
+        done = epplan_launch("plan.json", "--to", target, "--show-env", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for part in ("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "NCCL_DEBUG", "NCCL does not say why"):
+            assert part in done.stdout
+    write_plan(tmp_path / "plan.json", even_plan())
+    shown = epplan_launch("plan.json", "--to", "ssh", "--show-env", cwd=tmp_path).stdout
+    assert "NUMA node 1 0" in shown
+    assert "NUMA node 0 1" in shown
+    rows = json.loads(epplan_launch("plan.json", "--show-env", "--json", cwd=tmp_path).stdout)
+    assert all(row["reason"] for row in rows["environment"])
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_epplan_becomes_the_command_of_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_plan(tmp_path / "plan.json", make_plan({"b": [0, 1]}))
+    fake = tmp_path / "sbatch"
+    fake.write_text("#!/bin/sh\necho submitted $1\nexit 3\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = epplan_launch("plan.json", "--to", "slurm", cwd=tmp_path)
+    as_json = epplan_launch("plan.json", "--to", "slurm", "--json", cwd=tmp_path)
+    submitted = f"submitted {tmp_path}/plan-slurm/job.sbatch"
+    assert (done.returncode, done.stdout.splitlines()) == (3, [submitted])
+    assert json.loads(as_json.stdout)["folder"] == f"{tmp_path}/plan-slurm"
+    assert as_json.stderr.splitlines()[-1] == submitted
+
+
+def test_a_target_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_plan(tmp_path / "plan.json", make_plan({"b": [0]}))
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = epplan_launch("plan.json", "--to", "kubernetes", "--image=x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-2:] == [
+        "error: `kubectl` is not on this machine",
+        "hint: write the files with --dry-run, and run the command where it is",
+    ]
+    done = epplan_launch("plan.json", "--to", "torchrun", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is none of the plan's hosts: b" in done.stderr
+
+
+def test_the_identity_check_is_on_where_the_plan_is_for_this_machine(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, ECHO, 1)
+    exit_code, stdout, _ = finish(launch.start())
+    assert exit_code == 0
+    assert "--no-identity" in stdout
+    write_plan(launch.plan, make_plan({socket.gethostname(): [0]}))
+    exit_code, stdout, _ = finish(launch.start())
+    assert exit_code == 0
+    assert "--no-identity" not in stdout
+    (tmp_path / "map.yaml").write_text(f"a: {socket.gethostname()}\n")
+    write_plan(launch.plan, make_plan({"a": [0]}))
+    exit_code, stdout, _ = finish(launch.start(f"--host-map={tmp_path}/map.yaml"))
+    assert exit_code == 0
+    assert "--no-identity" not in stdout

@@ -221,6 +221,80 @@ def main(args):
         launch.run(monkeypatch)
 
 
+def test_a_rank_that_gave_up_waiting_is_not_the_cause(
+    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The followers fail first; the rank that was why says so a moment later."""
+    launch = make_launch(
+        """
+def main(args):
+    announce()
+    wait_for(4)
+    if rank() == 2:
+        time.sleep(0.5)
+        sys.exit("out of memory")
+    sys.exit(7)
+""",
+        4,
+    )
+    with pytest.raises(
+        RankFailedError, match=r"^rank 2 .* code 1; (.|\n)* out of memory$"
+    ) as caught:
+        launch.run(monkeypatch)
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "is stopped by a signal"),
+        ("time.sleep(600)", "hangs"),
+    ],
+)
+def test_a_rank_that_hangs_is_the_cause(
+    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch, statement: str, words: str
+) -> None:
+    launch = make_launch(
+        f"""
+import epplan.launcher.supervise
+epplan.launcher.supervise.SETTLE_S = 0.5
+def main(args):
+    announce()
+    wait_for(3)
+    if rank() == 1:
+        {statement}
+    print("rank 1 does not answer", file=sys.stderr)
+    sys.exit(7)
+""",
+        3,
+    )
+    started = time.monotonic()
+    with pytest.raises(RankFailedError) as caught:
+        launch.run(monkeypatch, grace_s=0.5)
+    assert time.monotonic() - started < 5
+    assert str(caught.value) == (
+        f"rank 1 (host a, GPU 1) {words}: the others waited for it in vain; it wrote nothing on "
+        "stderr"
+    )
+    assert caught.value.exit_code == 7
+
+
+def test_when_all_gave_up_the_first_one_is_named(
+    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = make_launch(
+        """
+def main(args):
+    time.sleep(0.2 * (rank() != 1))
+    sys.exit(7)
+""",
+        3,
+    )
+    with pytest.raises(RankFailedError, match=r"^rank 1 .* exited with code 7") as caught:
+        launch.run(monkeypatch)
+    assert caught.value.exit_code == 7
+
+
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(
     make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

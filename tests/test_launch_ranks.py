@@ -1,6 +1,7 @@
 """What is rendered from a plan before anything starts."""
 
 from pathlib import Path
+from typing import Any
 
 from epplan.launcher.ranks import machine_environment, rank_environments
 from epplan.launcher.request import LaunchRequest
@@ -33,28 +34,51 @@ def test_local_ranks_and_groups_of_several_machines() -> None:
     ]
 
 
+def request(hosts: dict[str, list[int]], **fields: Any) -> LaunchRequest:
+    return LaunchRequest(plan=make_plan(hosts), plan_path=Path("p"), **fields)
+
+
+GPU_VARIABLES = {"PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "NCCL_DEBUG": "WARN"}
+
+
 def test_local_rank_i_sees_the_gpu_the_plan_gives_it() -> None:
-    plan = make_plan({"a": [5, 4, 7]})
-    assert machine_environment({"HOME": "/"}, plan, num_local_ranks=3, num_cpus=8) == {
+    assert machine_environment({"HOME": "/"}, request({"a": [5, 4, 7]}), num_cpus=8) == {
         "HOME": "/",
+        **GPU_VARIABLES,
         "OMP_NUM_THREADS": "2",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "5,4,7",
     }
 
 
 def test_what_the_user_set_is_kept_and_an_outer_agent_is_not() -> None:
-    inherited = {"OMP_NUM_THREADS": "7", "CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2"}
+    inherited = {
+        "OMP_NUM_THREADS": "7",
+        "CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2",
+        "NCCL_DEBUG": "INFO",
+        "PYTHONUNBUFFERED": "",
+    }
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
-    plan = make_plan({"a": [0, 1]})
-    shown = machine_environment(inherited | agent, plan, num_local_ranks=2, num_cpus=64)
-    assert shown == inherited
+    assert machine_environment(inherited | agent, request({"a": [0, 1]}), num_cpus=64) == inherited
 
 
 def test_gpus_of_several_planned_hosts_are_not_selected_on_this_machine() -> None:
-    plan = make_plan({"a": [0], "b": [0]})
-    variables = machine_environment({}, plan, num_local_ranks=2, num_cpus=1)
-    assert variables == {"OMP_NUM_THREADS": "1"}
+    variables = machine_environment({}, request({"a": [0], "b": [0]}), num_cpus=1)
+    assert variables == {**GPU_VARIABLES, "OMP_NUM_THREADS": "1"}
+
+
+def test_ranks_on_cpus_need_no_variables_for_gpus() -> None:
+    variables = machine_environment(
+        {}, request({"a": [0]}, options=("--backend=gloo",)), num_cpus=4
+    )
+    assert variables == {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "4"}
+
+
+def test_variables_the_user_gives_replace_inherited_ones() -> None:
+    given = (("NCCL_DEBUG", "TRACE"), ("EMPTY", ""))
+    variables = machine_environment(
+        {"EMPTY": "no"}, request({"a": [0]}, environment=given), num_cpus=1
+    )
+    assert (variables["NCCL_DEBUG"], variables["EMPTY"]) == ("TRACE", "")
 
 
 def test_request_names_plan_ranks_and_hosts() -> None:

@@ -102,10 +102,13 @@ def test_wrong_gradients_are_noticed() -> None:
     assert len(result.problems) == 5
 
 
-def test_rounding_has_no_gradient() -> None:
+def test_what_training_excludes() -> None:
     plan = make_plan(MIXTRAL, 8)
+    options = replace(OPTIONS, fp8_dispatch=True, gating_bias=0.001)
     with pytest.raises(InputError) as raised:
-        choose(plan, replace(OPTIONS, fp8_dispatch=True), SETTING.device)
+        choose(plan, options, SETTING.device)
     assert str(raised.value) == (
-        "--train and --fp8-dispatch exclude each other: rounding to 8 bits has no gradient"
+        "--train excludes other options\n"
+        "  - --fp8-dispatch: rounding to 8 bits has no gradient\n"
+        "  - --gating-bias: gradients could not be compared with the dense model's"
     )

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from epplan.planner.model import ModelSpec
 from epplan.planner.plan import write_plan
 from epplan.runtime import worker
 from epplan.runtime.worker import main
-from tests.fork_ranks import fork_ranks
+from tests.fork_ranks import fork_ranks, free_port
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 
 RANKS = 4
@@ -50,15 +49,13 @@ def launch(*arguments: str | int | Path, world_size: int = RANKS) -> list[Ended]
 
 
 def launch_each(arguments: list[list[str]], world_size: int = RANKS) -> list[Ended]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     variables = {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
-    return fork_ranks(start, RANKS, variables, arguments)
+    anywhere = [["--no-identity", *own] for own in arguments]  # the plan names other hosts
+    return fork_ranks(start, RANKS, variables, anywhere)
 
 
 def test_result(plan: Path, tmp_path: Path) -> None:
@@ -223,7 +220,8 @@ def test_gpu_equals_the_dense_model(spec: ModelSpec, dtype: str, tmp_path: Path)
     path, result_path = tmp_path / "plan.json", tmp_path / "result.json"
     wide = spec.with_overrides(scale=8.0).model_copy(update={"dtype": dtype})
     write_plan(path, make_plan(wide, 1, slots_per_rank=spec.num_experts, num_hosts=1))
-    command = [sys.executable, "-m", worker.__name__, str(path), "--result", str(result_path)]
+    command = [sys.executable, "-m", worker.__name__, str(path), "--no-identity"]
+    command += ["--result", str(result_path)]
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     ended = subprocess.run(
         [*command, "--sequence-length", "200"],

@@ -9,7 +9,7 @@ from epplan.planner.cost import Placement, evaluate_layer, one_copy
 from epplan.planner.model import AttentionSpec, ModelSpec
 from epplan.planner.objective import Objective
 from epplan.planner.plan import Plan
-from epplan.planner.problem import Problem, make_problem
+from epplan.planner.problem import Problem, Replication, make_problem
 from epplan.planner.solve import solve_placement
 from epplan.planner.traffic import Floats, Traffic
 from epplan.topologies.cluster_file import read_cluster_file
@@ -81,6 +81,7 @@ def tiny_problem(
     experts_per_gpu: int = 1,
     ffn: int = 64,
     objective: Objective | None = None,
+    replication: Replication | None = None,
 ) -> Problem:
     """Return the problem for `counts` [windows, layers, ranks, experts] on all of a cluster.
 
@@ -90,7 +91,9 @@ def tiny_problem(
     layers, _, experts = counts.shape[-3:]
     model = tiny_model(experts, layers=layers, ffn=ffn)
     gpus = tuple(cluster.gpus())
-    return make_problem(cluster, gpus, model, tiny_traffic(counts), experts_per_gpu, objective)
+    return make_problem(
+        cluster, gpus, model, tiny_traffic(counts), experts_per_gpu, objective, replication
+    )
 
 
 def tiny_traffic(counts: Floats) -> Traffic:

@@ -38,6 +38,23 @@ INTERRUPTED = 130
     help="Most experts of one layer on a GPU.",
 )
 @click.option(
+    "--replicas",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Copies of experts in each layer on top of one of each.",
+)
+@click.option(
+    "--equal-shares",
+    is_flag=True,
+    help="Copies of an expert take equal shares of its tokens, for engines that know no other.",
+)
+@click.option(
+    "--survive",
+    type=click.Choice(["1-host"]),
+    help="Keep a copy of every expert when a host is lost; needs a replica of every expert.",
+)
+@click.option(
     "--overlap",
     is_flag=True,
     help="Minimise max(transfers, experts) of a layer, not their sum: micro-batches overlap.",
@@ -122,6 +139,9 @@ def _solve(
     tokens: int | None,
     ep: int | None,
     experts_per_gpu: int,
+    replicas: int,
+    equal_shares: bool,
+    survive: str | None,
     overlap: bool,
     worst_windows: float,
     gpu_model: str | None,
@@ -134,17 +154,20 @@ def _solve(
     from epplan.planner.assemble import assemble_plan
     from epplan.planner.model import load_model
     from epplan.planner.objective import Objective
-    from epplan.planner.problem import choose_group, make_problem
+    from epplan.planner.problem import Replication, choose_group, make_problem
     from epplan.planner.solve import solve_placement
     from epplan.planner.traffic import make_traffic
     from epplan.topologies.sources import load_cluster
 
     cluster = load_cluster(topology, gpu_model)
     spec = load_model(model).with_overrides(experts=experts, layers=layers, scale=scale)
-    group, reason = choose_group(cluster, spec, ep, experts_per_gpu)
+    group, reason = choose_group(cluster, spec, ep, experts_per_gpu, replicas)
     traffic = make_traffic(load, spec, len(group), tokens, seed)
     objective = Objective(overlap=overlap, worst=worst_windows)
-    problem = make_problem(cluster, group, spec, traffic, experts_per_gpu, objective)
+    replication = Replication(
+        extra=replicas, equal_shares=equal_shares, survive_hosts=1 if survive else 0
+    )
+    problem = make_problem(cluster, group, spec, traffic, experts_per_gpu, objective, replication)
     solution = solve_placement(
         problem,
         gap=gap,

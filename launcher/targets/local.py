@@ -31,6 +31,11 @@ LOOPBACK = "127.0.0.1"
 PORTS = range(20000, 32000)
 GRACE_S = 5.0
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
+# Of a rank that runs while all others have given up waiting for it.
+_STATES = {
+    "stopped": "is stopped by a signal: the others waited for it in vain",
+    "hangs": "hangs: the others waited for it in vain",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +121,7 @@ def _fork_server(
 
 
 def _start(request: LaunchRequest, output: RankOutput) -> subprocess.Popen[bytes]:
-    environment = machine_environment(
-        os.environ,
-        request.plan,
-        num_local_ranks=request.num_ranks,
-        num_cpus=len(os.sched_getaffinity(0)),
-    )
+    environment = machine_environment(os.environ, request, num_cpus=len(os.sched_getaffinity(0)))
     program = (
         f"import sys; sys.path[:] = {sys.path!r}; "
         "from epplan.launcher.forkserver import main; main()"
@@ -164,7 +164,8 @@ def _free_port() -> int:
 
 def _what_failed(request: LaunchRequest, reports: dict[str, Any]) -> str:
     rank = reports["failed"]
-    return f"rank {rank} ({request.place(rank)}) {_ended(reports['code'])}"
+    ended = _STATES.get(reports.get("state", "")) or _ended(reports["code"])
+    return f"rank {rank} ({request.place(rank)}) {ended}"
 
 
 def _rank_failed(

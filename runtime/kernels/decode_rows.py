@@ -1,0 +1,242 @@
+"""What a decode step does between its large products, a kernel each: norms, routing, batching.
+
+Shapes: T tokens, H hidden size, E experts, K experts per token, N = T x K rows.
+
+Each of them is several kernels in torch, which at decode sizes take longer to start than to run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import EARLY
+
+
+def add_rms_norm(
+    x_TH: Tensor, delta_TH: Tensor | None, gain_H: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return x + delta, and that scaled to unit RMS, times the gain."""
+    width = x_TH.shape[-1]
+    x_TH = x_TH.contiguous()
+    delta_TH = None if delta_TH is None else delta_TH.contiguous()
+    sum_TH = x_TH if delta_TH is None else torch.empty_like(x_TH)
+    normed_TH = torch.empty_like(x_TH)
+    _add_rms_norm[(x_TH.numel() // width,)](
+        x_TH,
+        x_TH if delta_TH is None else delta_TH,
+        x_TH if gain_H is None else gain_H,
+        sum_TH,
+        normed_TH,
+        width,
+        epsilon,
+        HAS_DELTA=delta_TH is not None,
+        HAS_GAIN=gain_H is not None,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=16,
+        **EARLY,
+    )
+    return sum_TH, normed_TH
+
+
+def route_best(h_TH: Tensor, router_EH: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights_T1 (float32) and experts_T1 of softmax routing to the best expert."""
+    num_tokens, width = h_TH.shape
+    weights_T1 = torch.empty(num_tokens, 1, dtype=torch.float32, device=h_TH.device)
+    experts_T1 = torch.empty(num_tokens, 1, dtype=torch.int64, device=h_TH.device)
+    _route_best[(num_tokens,)](
+        h_TH,
+        router_EH,
+        weights_T1,
+        experts_T1,
+        width,
+        E=router_EH.shape[0],
+        BLOCK=1024,
+        num_warps=16,
+        **EARLY,
+    )
+    return weights_T1, experts_T1
+
+
+def batch_rows(x_TH: Tensor, slot_N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return rows_NH sorted by slot, then by row; and where each row went, int64 [N]."""
+    (num_rows,), width = slot_N.shape, x_TH.shape[1]
+    rows_NH = x_TH.new_empty(num_rows, width)
+    place_N = torch.empty_like(slot_N)
+    _batch_rows[(num_rows,)](
+        x_TH,
+        slot_N,
+        rows_NH,
+        place_N,
+        num_rows,
+        width,
+        top_k,
+        ROWS=triton.next_power_of_2(num_rows),
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=8,
+        **EARLY,
+    )
+    return rows_NH, place_N
+
+
+def add_up_rows(rows_NH: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Return each token's rows added up by weight, from its first choice to its last, [T, H]."""
+    rows_NH, place_TK, weights_TK = (x.contiguous() for x in (rows_NH, place_TK, weights_TK))
+    (num_tokens, top_k), width = place_TK.shape, rows_NH.shape[1]
+    out_TH = rows_NH.new_empty(num_tokens, width)
+    _add_up_rows[(num_tokens,)](
+        rows_NH,
+        place_TK,
+        weights_TK,
+        out_TH,
+        width,
+        K=top_k,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=8,
+        **EARLY,
+    )
+    return out_TH
+
+
+def append(buffers: list[Tensor], news: list[Tensor], position: int) -> None:
+    """Write new keys and values, [B, G, 1, D], at a position of their buffers, [B, G, C, D]."""
+    keys, values = buffers
+    num_sequences, heads, _, width = keys.shape
+    new_keys, new_values = news
+    _append[(num_sequences * heads,)](
+        keys,
+        values,
+        new_keys,
+        new_values,
+        position,
+        heads,
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        *new_keys.stride()[:2],
+        *new_values.stride()[:2],
+        width,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=2,
+        **EARLY,
+    )
+
+
+@triton.jit
+def _add_rms_norm(
+    x,
+    delta,
+    gain,
+    out,
+    normed,
+    H,
+    epsilon,
+    HAS_DELTA: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * H
+    column_H = tl.arange(0, BLOCK)
+    inside_H = column_H < H
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    x_H = tl.load(x + row + column_H, mask=inside_H, other=0.0)
+    if HAS_DELTA:
+        x_H += tl.load(delta + row + column_H, mask=inside_H, other=0.0)
+        tl.store(out + row + column_H, x_H, mask=inside_H)
+    wide_H = x_H.to(tl.float32)
+    wide_H *= tl.rsqrt(tl.sum(wide_H * wide_H, 0) / H + epsilon)
+    if HAS_GAIN:
+        wide_H *= tl.load(gain + column_H, mask=inside_H, other=0.0).to(tl.float32)
+    tl.store(normed + row + column_H, wide_H.to(x_H.dtype), mask=inside_H)
+
+
+@triton.jit
+def _route_best(h, router, weights, experts, H, E: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    expert_E = tl.arange(0, E)
+    logit_EB = tl.zeros([E, BLOCK], tl.float32)
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    for first in range(0, H, BLOCK):
+        column_B = first + tl.arange(0, BLOCK)
+        inside_B = column_B < H
+        h_B = tl.load(h + token * H + column_B, mask=inside_B, other=0.0).to(tl.float32)
+        router_EB = tl.load(
+            router + expert_E[:, None] * H + column_B[None, :], mask=inside_B[None, :], other=0.0
+        )
+        logit_EB += router_EB * h_B[None, :]
+    logit_E = tl.sum(logit_EB, 1)
+    power_E = tl.exp(logit_E - tl.max(logit_E, 0))
+    tl.store(weights + token, 1.0 / tl.sum(power_E, 0))
+    tl.store(experts + token, tl.argmax(logit_E, 0).to(tl.int64))
+
+
+@triton.jit
+def _batch_rows(x, slot, rows, place, num_rows, H, top_k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    row_N = tl.arange(0, ROWS)
+    column_H = tl.arange(0, BLOCK)
+    inside_H = column_H < H
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    own_slot = tl.load(slot + row)
+    slot_N = tl.load(slot + row_N, mask=row_N < num_rows, other=9223372036854775807)
+    before_N = (slot_N < own_slot) | ((slot_N == own_slot) & (row_N < row))
+    here = tl.sum(before_N.to(tl.int64), 0)
+    tl.store(place + row, here)
+    x_H = tl.load(x + (row // top_k).to(tl.int64) * H + column_H, mask=inside_H)
+    tl.store(rows + here * H + column_H, x_H, mask=inside_H)
+
+
+@triton.jit
+def _add_up_rows(rows, place, weights, out, H, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column_H = tl.arange(0, BLOCK)
+    inside_H = column_H < H
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    sum_H = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(K):
+        here = tl.load(place + token * K + choice)
+        row_H = tl.load(rows + here * H + column_H, mask=inside_H, other=0.0).to(tl.float32)
+        sum_H += row_H * tl.load(weights + token * K + choice)
+    tl.store(out + token * H + column_H, sum_H.to(out.dtype.element_ty), mask=inside_H)
+
+
+@triton.jit
+def _append(
+    keys,
+    values,
+    new_keys,
+    new_values,
+    position,
+    heads,
+    keys_b,
+    keys_g,
+    values_b,
+    values_g,
+    new_keys_b,
+    new_keys_g,
+    new_values_b,
+    new_values_g,
+    D,
+    BLOCK: tl.constexpr,
+):
+    sequence = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    column_D = tl.arange(0, BLOCK)
+    inside_D = column_D < D
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    key_D = tl.load(new_keys + sequence * new_keys_b + head * new_keys_g + column_D, mask=inside_D)
+    value_D = tl.load(
+        new_values + sequence * new_values_b + head * new_values_g + column_D, mask=inside_D
+    )
+    tl.store(
+        keys + sequence * keys_b + head * keys_g + position * D + column_D, key_D, mask=inside_D
+    )
+    tl.store(
+        values + sequence * values_b + head * values_g + position * D + column_D,
+        value_D,
+        mask=inside_D,
+    )

@@ -1,0 +1,30 @@
+"""Products with weight matrices: torch's, and for few rows a kernel that streams the matrix.
+
+Shapes: R rows, N outputs, K inputs.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .own_kernels import can_run_short_step_kernels
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Return x [..., K] times the matrix, [..., N]."""
+    if bias_N is None and can_run_short_step_kernels(x):
+        from .kernels.skinny_linear import serves, skinny_linear
+
+        x_RK = x.reshape(-1, x.shape[-1])
+        if serves(x_RK, weight_NK):
+            return skinny_linear(x_RK, weight_NK).view(*x.shape[:-1], -1)
+    return F.linear(x, weight_NK, bias_N)
+
+
+def linear_gelu(x_RK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Return GELU of the product, [R, N]."""
+    if bias_N is None and can_run_short_step_kernels(x_RK):
+        from .kernels.skinny_linear import serves, skinny_linear
+
+        if serves(x_RK, weight_NK):
+            return skinny_linear(x_RK, weight_NK, gelu=True)
+    return F.gelu(F.linear(x_RK, weight_NK, bias_N))

@@ -1,0 +1,28 @@
+"""Whether this project's GPU kernels can run; whoever has one asks here and else takes torch.
+
+The kernels of short steps compile for Hopper, and those without tensor cores give torch's results
+in Triton's interpreter, but they have not run on a GPU as they stand: until they have, they are
+taken only where EPPLAN_SHORT_STEP_KERNELS is 1.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+
+def can_run_kernels(x: Tensor) -> bool:
+    """Return whether the kernels take x: half precision, on Hopper, without gradients."""
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or torch.is_grad_enabled():
+        return False
+    try:
+        from .kernels import wide_attention  # noqa: F401 (the one that needs the newest Triton)
+        from .kernels.launch import has_hopper
+    except (ImportError, AttributeError):  # no Triton, or one older than 3.6
+        return False
+    return has_hopper(x.device)
+
+
+def can_run_short_step_kernels(x: Tensor) -> bool:
+    """Return whether the kernels of decode and its products take x, and are wanted."""
+    return can_run_kernels(x) and os.environ.get("EPPLAN_SHORT_STEP_KERNELS") == "1"
