@@ -194,6 +194,11 @@ _OPTIONS = (
         type=click.Path(path_type=Path, dir_okay=False),
         help="Renamed hosts: YAML lines `planned: real`.",
     ),
+    click.option(
+        "--progress",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Keep the number of finished steps in this file, and go on after them.",
+    ),
 )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epplan.topologies.hardware import hardware
+from epplan.topologies.routes import Routes
 
 from .problem import Problem
 
@@ -71,6 +72,41 @@ class LayerEvaluation:
         return dispatch, compute, combine
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferCost:
+    """One transfer between all ranks: what it puts on every resource, and how long it takes."""
+
+    bytes: Floats  # [resources]
+    busy_s: Floats  # bytes / capacity, [resources]
+    latency_s: float  # start and longest used path
+    worst: int  # the resource that sets the time
+
+    @property
+    def seconds(self) -> float:
+        """How long the transfer takes."""
+        return self.latency_s + float(self.busy_s.max(initial=0.0))
+
+
+def transfer_cost(routes: Routes, sent: Floats, start_s: float | None = None) -> TransferCost:
+    """Return what a transfer costs.
+
+    Args:
+        routes: between the ranks.
+        sent: bytes from every rank to every rank, [ranks, ranks].
+        start_s: once per transfer; None is a profile's.
+    """
+    amounts = routes.bytes_per_resource(sent)
+    busy_s = amounts / routes.capacity
+    away = ~np.eye(len(sent), dtype=bool) & (sent > 0)
+    start_s = hardware().latency["base"] if start_s is None else start_s
+    return TransferCost(
+        bytes=amounts,
+        busy_s=busy_s,
+        latency_s=float(start_s + routes.latency_s[away].max(initial=0.0)),
+        worst=int(busy_s.argmax()) if busy_s.size else 0,
+    )
+
+
 def one_copy(placement: Placement, num_ranks: int) -> Shares:
     """Return the shares of a placement with one copy of each expert."""
     return np.eye(num_ranks)[placement]
@@ -116,17 +152,14 @@ def _transfer(problem: Problem, name: str, rows: Floats) -> Phase:
     routes = problem.routes
     if not routes.resources:
         return Phase(name=name, seconds=0.0, worst="nothing leaves a GPU", worst_bytes=0.0, rank=0)
-    amounts = routes.bytes_per_resource(rows * problem.model.row_bytes)
-    seconds = amounts / routes.capacity
-    worst = int(seconds.argmax())
+    cost = transfer_cost(routes, rows * problem.model.row_bytes)
     away = rows * ~np.eye(len(rows), dtype=bool)
-    latency = routes.latency_s[away > 0].max(initial=0.0)
     return Phase(
         name=name,
-        seconds=float(hardware().latency["base"] + seconds[worst] + latency),
-        worst=routes.resources[worst].name,
-        worst_bytes=float(amounts[worst]),
-        rank=_rank_loading(problem, worst, away),
+        seconds=cost.seconds,
+        worst=routes.resources[cost.worst].name,
+        worst_bytes=float(cost.bytes[cost.worst]),
+        rank=_rank_loading(problem, cost.worst, away),
     )
 
 

@@ -1,290 +1,363 @@
-"""From a plan and newly counted traffic to the next plan: few moves, priced again."""
+"""A new plan after hosts were lost: for the ranks that are left, moving as little as possible.
 
+The survivors keep their order and get new numbers; each keeps its own tokens, so that the traffic
+is the old one without the rows of the lost ranks. The certificate is for the survivors' problem:
+its bound holds for every placement on them, whatever it moves.
+"""
+
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-import epplan
-from epplan.errors import EpplanError, InfeasibleError
-from epplan.topologies.sources import load_cluster
-from epplan.topologies.units import format_bytes
+from epplan.errors import InfeasibleError, InputError
+from epplan.topologies.graph import Cluster, Gpu
 
-from .cost import Shares, evaluate_layer
-from .plan import Certificate, LayerCost, Plan, RankMemory, Source, Workload
+from .assemble import assemble_plan
+from .cost import Placement, evaluate_layer, one_copy
+from .levels import OPTIMAL_GAP
+from .objective import Objective
+from .plan import Plan, Status
 from .problem import Problem, make_problem
-from .relayout import EMPTY, Floats, Layout, price, relayout
-from .traffic import Traffic
-from .transfers import Transfer, layer_transfers
+from .repair import Held, align, improve, least_moved
+from .solve import Progress, Solution, solve_placement
+from .traffic import Traffic, make_traffic
+from .transfers import Transfer
 
-_SOLVER = "rebalance (loads of GPUs; links are priced, not optimised)"
-_NOT_PRICED = "not priced"
+LEAST = "least moved"
+_SURVIVORS = re.compile(r"(?P<source>.*)@(?P<ranks>[\d,-]+)/(?P<total>\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replan:
-    """The next plan and how to get there.
+class Option:
+    """One way to go on: what it moves and how fast it is."""
 
-    Attributes:
-        plan: the next plan.
-        transfers: by layer and target slot.
-        before: busiest rank's rows over the mean with the old table, by MoE layer.
-        after: the same with the new one.
-        notes: automatic choices, in words.
-    """
+    name: str
+    placements: tuple[Placement, ...]
+    loads: int  # experts that are loaded
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replanned:
+    """The new plan, what has to be loaded for it, and what else could have been chosen."""
 
     plan: Plan
     transfers: tuple[Transfer, ...]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def bytes_moved(self) -> int:
-        """Bytes of all experts that travel."""
-        return len(self.transfers) * self.plan.model.expert_bytes
+    options: tuple[Option, ...]
+    chosen: Option
+    limit_reached: bool  # of the solver; a wider gap may also be what moving little costs
 
 
-def replan(plan: Plan, traffic: Traffic, *, min_gain: float, command: str) -> Replan:
-    """Return the next plan for this traffic.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How the solver proves the bound."""
+
+    gap: float
+    time_limit_s: float
+    progress: Progress
+
+
+def surviving_ranks(plan: Plan, lost_hosts: Sequence[str], cluster: Cluster) -> list[int]:
+    """Return the ranks on the plan's other hosts, in the cluster's order of their GPUs.
+
+    Raises:
+        InputError: hosts the plan does not have, no rank is left, or the cluster lacks some.
+    """
+    hosts = list(dict.fromkeys(rank.host for rank in plan.ranks))
+    unknown = [host for host in dict.fromkeys(lost_hosts) if host not in hosts]
+    if unknown:
+        raise InputError(
+            f"the plan has no host {', '.join(unknown)}",
+            hints=[f"its hosts are {', '.join(hosts)}"],
+        )
+    left = [rank for rank in plan.ranks if rank.host not in lost_hosts]
+    if not left:
+        raise InputError(f"no rank is left without {', '.join(lost_hosts)}: these are all hosts")
+    number = {(gpu.host, gpu.index): number for number, gpu in enumerate(cluster.gpus())}
+    places = {rank.rank: (rank.host, rank.gpu_index) for rank in left}
+    missing = [
+        f"{host}/gpu{index}" for host, index in places.values() if (host, index) not in number
+    ]
+    if missing:
+        raise InputError(
+            f"{cluster.name} has no {', '.join(missing[:5])}, which ranks of the plan run on",
+            hints=["give the topology the plan was made for with --topology SOURCE"],
+        )
+    return sorted(places, key=lambda rank: number[places[rank]])
+
+
+def surviving_gpus(plan: Plan, survivors: Sequence[int], cluster: Cluster) -> tuple[Gpu, ...]:
+    """Return the GPUs of the surviving ranks."""
+    known = {(gpu.host, gpu.index): gpu for gpu in cluster.gpus()}
+    return tuple(known[plan.ranks[rank].host, plan.ranks[rank].gpu_index] for rank in survivors)
+
+
+def surviving_traffic(
+    plan: Plan, survivors: Sequence[int], load: str | None, tokens: int | None
+) -> Traffic:
+    """Return the survivors' part of the plan's traffic, or other traffic.
 
     Args:
-        plan: the present one.
-        traffic: what was counted; the mean of its windows counts.
-        min_gain: a layer stays unless its busiest rank's rows fall by this part.
-        command: the command line that does this.
+        plan: names its traffic.
+        survivors: its ranks that are left.
+        load: a rule or counts file for the survivors; None: what the plan was made for.
+        tokens: a rank and step; None: as in the plan.
 
     Raises:
-        InfeasibleError: the new table does not fit into some GPU's memory.
+        InputError: the plan's traffic cannot be read or has changed.
     """
-    rows_LWE = traffic.counts.mean(axis=0)
-    hosts = tuple(rank.host for rank in plan.ranks)
-    may_replicate, note = _may_replicate(plan)
-    old = [_layout(plan, layer) for layer in range(plan.model.num_moe_layers)]
-    new = [
-        relayout(
-            rows, layout, plan.world_size, hosts, may_replicate=may_replicate, min_gain=min_gain
+    if load is not None:
+        return make_traffic(load, plan.model, len(survivors), tokens, plan.inputs.seed)
+    source, before, total = _traffic_source(plan)
+    remedy = ["give traffic with --load (a rule, or counts of the surviving ranks)"]
+    try:
+        traffic = make_traffic(source, plan.model, total, None, plan.inputs.seed)
+        wanted = tokens or plan.workload.tokens_per_rank
+        if traffic.tokens_per_rank != wanted:
+            traffic = make_traffic(source, plan.model, total, wanted, plan.inputs.seed)
+    except InputError as error:
+        raise InputError(
+            f"the traffic the plan was made for ({source}) cannot be read: {error.message}",
+            problems=error.problems,
+            hints=remedy,
+        ) from None
+    if traffic.sha256 != plan.inputs.traffic.sha256:
+        raise InputError(
+            f"{source} was changed since the plan was made from it: its sha256 was "
+            f"{plan.inputs.traffic.sha256[:12]}, it is {traffic.sha256[:12]}",
+            hints=remedy,
         )
-        for rows, layout in zip(rows_LWE, old, strict=True)
-    ]
-    tables = tuple(_slots(layout) for layout in new)
-    transfers = tuple(
-        transfer
-        for layer, (before, after) in enumerate(zip(plan.expert_of_slot, tables, strict=True))
-        for transfer in layer_transfers(layer, before, after, plan.slots_per_rank, hosts)
+    kept = [before[rank] for rank in survivors]
+    return replace(
+        traffic,
+        counts=traffic.counts[:, :, kept],
+        source=f"{source}@{_ranges(kept)}/{total}",
+        source_ranks=len(kept) if traffic.source_ranks > 1 else 1,
+        assumptions=(
+            *traffic.assumptions,
+            "every surviving rank keeps its own tokens; nobody takes over those of lost ranks",
+        ),
     )
-    placed = plan.model_copy(
-        update={
-            "epplan_version": epplan.__version__,
-            "command": command,
-            "inputs": plan.inputs.model_copy(
-                update={"traffic": Source(source=traffic.source, sha256=traffic.sha256)}
-            ),
-            "workload": Workload(
-                tokens_per_rank=traffic.tokens_per_rank,
-                source_ranks=traffic.source_ranks,
-                windows=traffic.windows,
-            ),
-            "expert_of_slot": tables,
-            "share_of_slot": _share_table(new, plan.model.num_experts),
-            "memory": _memory(plan, tables),
-        }
+
+
+def replan(
+    plan: Plan,
+    cluster: Cluster,
+    topology_source: str,
+    traffic: Traffic,
+    survivors: Sequence[int],
+    *,
+    experts_per_gpu: int,
+    extra_loads: int | None,
+    objective: Objective,
+    effort: Effort,
+    command: str,
+) -> Replanned:
+    """Return the plan for the survivors.
+
+    Args:
+        plan: the plan that lost hosts.
+        cluster: with the survivors' GPUs.
+        topology_source: what it was loaded from.
+        traffic: of the survivors.
+        survivors: ranks of `plan`, as `surviving_ranks` orders them.
+        experts_per_gpu: most experts of one layer on a GPU.
+        extra_loads: experts that may be loaded beyond the least number; None: any.
+        objective: what is minimised.
+        effort: of the solver.
+        command: the command line that makes the new plan.
+
+    Raises:
+        InfeasibleError: the survivors have too few slots or too little memory.
+    """
+    _check_slots(plan, survivors, experts_per_gpu)
+    gpus = surviving_gpus(plan, survivors, cluster)
+    problem = make_problem(cluster, gpus, plan.model, traffic, experts_per_gpu, objective)
+    held = _held(plan, survivors)
+    solution = solve_placement(
+        problem,
+        gap=effort.gap,
+        time_limit_s=effort.time_limit_s,
+        seed=plan.inputs.seed,
+        progress=effort.progress,
     )
-    priced, price_note = _priced(placed, traffic)
-    notes = (
-        f"rebalanced from plan {plan.sha256()[:12]}: {len(transfers)} experts move",
-        note,
-        price_note,
-    )
-    # In place of the last rebalance's.
-    reasons = plan.reasons[: -len(notes)] if plan.certificate.solver == _SOLVER else plan.reasons
-    priced = priced.model_copy(update={"reasons": (*reasons, *notes)})
-    return Replan(
-        plan=priced,
+    options = _options(problem, held, solution, extra_loads)
+    chosen = options[0] if len(options) == 1 else _choose(options, extra_loads)
+    transfers = _transfers(plan, held, chosen.placements)
+    lost = sorted({rank.host for rank in plan.ranks} - {gpu.host for gpu in gpus})
+    return Replanned(
+        plan=assemble_plan(
+            cluster=cluster,
+            problem=problem,
+            traffic=traffic,
+            solution=_certified(problem, solution, chosen, effort.gap),
+            topology_source=topology_source,
+            model_source=plan.inputs.model.source,
+            seed=plan.inputs.seed,
+            command=command,
+            reasons=_reasons(plan, lost, transfers, options, chosen),
+        ),
         transfers=transfers,
-        before=_max_over_mean(old, rows_LWE, plan.world_size),
-        after=_max_over_mean(new, rows_LWE, plan.world_size),
-        notes=notes,
+        options=options,
+        chosen=chosen,
+        limit_reached=solution.status == "limit",
     )
 
 
-def _layout(plan: Plan, layer: int) -> Layout:
-    expert = [EMPTY if e is None else e for e in plan.expert_of_slot[layer]]
-    return Layout(expert=np.array(expert), share=np.array(plan.shares(layer)), heaviest=0.0)
+def _traffic_source(plan: Plan) -> tuple[str, list[int], int]:
+    """Return the plan's traffic source, and which of how many source ranks its ranks are."""
+    match = _SURVIVORS.fullmatch(plan.inputs.traffic.source)
+    if match is None:
+        return plan.inputs.traffic.source, list(range(plan.world_size)), plan.world_size
+    ranks: list[int] = []
+    for part in match["ranks"].split(","):
+        first, _, last = part.partition("-")
+        ranks += range(int(first), int(last or first) + 1)
+    return match["source"], ranks, int(match["total"])
 
 
-def _slots(layout: Layout) -> tuple[int | None, ...]:
-    return tuple(None if expert == EMPTY else expert for expert in layout.expert.tolist())
+def _ranges(ranks: Sequence[int]) -> str:
+    """Return numbers as `0-3,8-15`, in their order."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _share_table(
-    layouts: Sequence[Layout], num_experts: int
-) -> tuple[tuple[float, ...], ...] | None:
-    """Return the shares of every slot; None where every expert has one copy."""
-    if all(np.count_nonzero(layout.expert != EMPTY) == num_experts for layout in layouts):
-        return None
-    return tuple(tuple(layout.share.tolist()) for layout in layouts)
-
-
-def _may_replicate(plan: Plan) -> tuple[bool, str]:
-    """Return whether empty slots may take copies: if a full table fits everywhere."""
-    empty = sum(slots.count(None) for slots in plan.expert_of_slot)
-    if not empty:
-        return True, "every slot is taken: no further replicas"
-    full = plan.slots_per_rank * plan.model.num_moe_layers * plan.model.expert_bytes
-    short = [use.rank for use in plan.memory if _rest(use) < full]
-    if not short:
-        return True, f"{empty} empty slots may take replicas: they fit into every GPU's memory"
-    return False, (
-        f"{empty} empty slots stay empty: with replicas in them rank {short[0]} would be over its "
-        "memory"
+def _check_slots(plan: Plan, survivors: Sequence[int], experts_per_gpu: int) -> None:
+    experts, ranks = plan.model.num_experts, len(survivors)
+    slots = ranks * experts_per_gpu
+    if slots >= experts:
+        return
+    needed = -(-experts // ranks)
+    raise InfeasibleError(
+        f"{experts} experts a layer do not fit on the {ranks} ranks that are left with at most "
+        f"{experts_per_gpu} expert{'s' * (experts_per_gpu > 1)} of a layer on a GPU: {slots} "
+        f"slots, {experts - slots} too few",
+        hints=[
+            f"allow --experts-per-gpu {needed}",
+            f"replace the lost GPUs: {-(-experts // experts_per_gpu)} are needed, then solve again",
+        ],
     )
 
 
-def _rest(use: RankMemory) -> int:
-    """Return what a rank has for experts."""
-    return use.capacity - use.replicated - use.kv_cache - use.buffers
+def _held(plan: Plan, survivors: Sequence[int]) -> Held:
+    """Return the copies that are left, [layers, experts, new ranks]."""
+    held = np.zeros((len(plan.expert_of_slot), plan.model.num_experts, len(survivors)), dtype=bool)
+    for layer, of_layer in enumerate(held):
+        for new, old in enumerate(survivors):
+            of_layer[plan.experts_of_rank(layer, old), new] = True
+    return held
 
 
-def _memory(plan: Plan, tables: Sequence[Sequence[int | None]]) -> tuple[RankMemory, ...]:
-    """Return every rank's memory with the new tables.
-
-    Raises:
-        InfeasibleError: some rank's experts no longer fit.
-    """
-    before, after = (_held(table, plan.world_size) for table in (plan.expert_of_slot, tables))
-    size = plan.model.expert_bytes
-    for use, had, count in zip(plan.memory, before, after, strict=True):
-        if count > had and count * size > _rest(use):
-            raise InfeasibleError(
-                f"the rebalanced table puts {count} experts ({format_bytes(count * size)}) on rank "
-                f"{use.rank}, which has {format_bytes(_rest(use))} for them",
-                hints=["solve again with this traffic: `epplan solve --load COUNTS`"],
-            )
-    return tuple(
-        use.model_copy(update={"experts": count * size})
-        for use, count in zip(plan.memory, after, strict=True)
-    )
+def _options(
+    problem: Problem, held: Held, solution: Solution, extra_loads: int | None
+) -> tuple[Option, ...]:
+    """Return the choices by bytes moved: the least, within the budget, and the fastest found."""
+    fastest = [layer.shares.argmax(axis=1) for layer in solution.layers]
+    named = [("fastest found", align(problem, held, improve(problem, held, fastest, 0)))]
+    least = least_moved(problem, held)
+    if least is not None:
+        if extra_loads:
+            named.insert(0, ("within the budget", improve(problem, held, least, extra_loads)))
+        named.insert(0, (LEAST, least))
+    return tuple(_option(problem, held, name, placements) for name, placements in named)
 
 
-def _held(tables: Sequence[Sequence[int | None]], num_ranks: int) -> list[int]:
-    """Return how many experts of all layers each rank holds."""
-    per_rank = len(tables[0]) // num_ranks
-    return [
-        sum(slot is not None for row in tables for slot in row[rank * per_rank :][:per_rank])
-        for rank in range(num_ranks)
+def _option(problem: Problem, held: Held, name: str, placements: Sequence[Placement]) -> Option:
+    seconds = [
+        evaluate_layer(problem, layer, one_copy(placement, problem.num_ranks)).seconds
+        for layer, placement in enumerate(placements)
     ]
-
-
-def _max_over_mean(layouts: Sequence[Layout], rows_LWE: Floats, num_gpus: int) -> tuple[float, ...]:
-    found = []
-    for layout, rows in zip(layouts, rows_LWE, strict=True):
-        load = rows.sum(axis=0)
-        heaviest = price(layout.expert, layout.share, load, num_gpus).heaviest
-        found.append(heaviest * num_gpus / load.sum())
-    return tuple(found)
-
-
-def _priced(plan: Plan, traffic: Traffic) -> tuple[Plan, str]:
-    """Return the plan with cost and certificate for its new tables, and a word about them."""
-    try:
-        problem = _problem(plan, traffic)
-    except EpplanError as error:
-        return _with_costs(plan, _no_costs(plan, error.message), 0.0), (
-            f"{_NOT_PRICED}: {error.message}"
-        )
-    costs, contiguous_s = [], 0.0
-    in_order = _shares(_contiguous(plan), plan, None)
-    for layer, number in enumerate(plan.model.moe_layers):
-        shares = _shares(plan.expert_of_slot[layer], plan, plan.shares(layer))
-        evaluation = evaluate_layer(problem, layer, shares)
-        longest = max(evaluation.worst.phases, key=lambda phase: phase.seconds)
-        dispatch_s, compute_s, combine_s = evaluation.phase_seconds()
-        costs.append(
-            LayerCost(
-                layer=number,
-                dispatch_s=dispatch_s,
-                compute_s=compute_s,
-                combine_s=combine_s,
-                total_s=evaluation.seconds,
-                bound_s=0.0,
-                binding=f"{longest.name}: {longest.worst}",
-                verdict="rebalanced, not solved: no bound is proven",
-            )
-        )
-        contiguous_s += evaluate_layer(problem, layer, in_order).seconds
-    return _with_costs(plan, costs, contiguous_s), "priced again on the plan's topology"
-
-
-def _problem(plan: Plan, traffic: Traffic) -> Problem:
-    """Return the problem the plan was made for, with the new traffic.
-
-    Raises:
-        EpplanError: the topology is not here, or not the same.
-    """
-    known = plan.inputs.topology
-    models = {rank.gpu_model for rank in plan.ranks}
-    cluster = load_cluster(known.source, models.pop() if len(models) == 1 else None)
-    if cluster.sha256 != known.sha256:
-        raise EpplanError(f"topology {known.source} is not the one the plan was made from")
-    place = {(gpu.host, gpu.index): gpu for gpu in cluster.gpus()}
-    gpus = tuple(place[rank.host, rank.gpu_index] for rank in plan.ranks)
-    try:
-        return make_problem(cluster, gpus, plan.model, traffic, plan.slots_per_rank)
-    except InfeasibleError:
-        raise EpplanError("buffers for this traffic do not fit beside the experts") from None
-
-
-def _contiguous(plan: Plan) -> list[int | None]:
-    """Return the experts in id order, dealt evenly."""
-    ranks, experts = plan.world_size, plan.model.num_experts
-    slots: list[int | None] = []
-    for rank in range(ranks):
-        own = range(rank * experts // ranks, (rank + 1) * experts // ranks)
-        slots += [*own, *[None] * (plan.slots_per_rank - len(own))]
-    return slots
-
-
-def _shares(
-    slots: Sequence[int | None], plan: Plan, share_of_slot: Sequence[float] | None
-) -> Shares:
-    """Return the share of every expert's rows on each rank, [experts, ranks]."""
-    shares = np.zeros((plan.model.num_experts, plan.world_size))
-    for slot, expert in enumerate(slots):
-        if expert is not None:
-            shares[expert, slot // plan.slots_per_rank] = (
-                1.0 if share_of_slot is None else share_of_slot[slot]
-            )
-    return shares
-
-
-def _no_costs(plan: Plan, why: str) -> list[LayerCost]:
-    return [
-        LayerCost(
-            layer=layer,
-            dispatch_s=0.0,
-            compute_s=0.0,
-            combine_s=0.0,
-            total_s=0.0,
-            bound_s=0.0,
-            binding=_NOT_PRICED,
-            verdict=f"{_NOT_PRICED}: {why}",
-        )
-        for layer in plan.model.moe_layers
-    ]
-
-
-def _with_costs(plan: Plan, costs: Sequence[LayerCost], contiguous_s: float) -> Plan:
-    slowest = max(costs, key=lambda cost: cost.total_s)
-    certificate = Certificate(
-        status="limit",
-        objective_s=sum(cost.total_s for cost in costs),
-        bound_s=0.0,
-        gap=1.0,
-        seconds=0.0,
-        binding=f"layer {slowest.layer}: {slowest.binding}",
-        contiguous_s=contiguous_s,
-        solver=_SOLVER,
-        scope="nothing is proven: made by `epplan rebalance`, which evens out rows of GPUs",
+    return Option(
+        name=name,
+        placements=tuple(placements),
+        loads=sum(
+            int((~copies[np.arange(len(placement)), placement]).sum())
+            for copies, placement in zip(held, placements, strict=True)
+        ),
+        seconds=sum(seconds),
     )
-    return plan.model_copy(update={"cost": tuple(costs), "certificate": certificate})
+
+
+def _choose(options: Sequence[Option], extra_loads: int | None) -> Option:
+    """Return the fastest option the budget allows."""
+    least = min(option.loads for option in options)
+    limit = None if extra_loads is None else least + extra_loads
+    able = [option for option in options if limit is None or option.loads <= limit]
+    return min(able, key=lambda option: (option.seconds, option.loads))
+
+
+def _certified(problem: Problem, solution: Solution, chosen: Option, gap: float) -> Solution:
+    """Return the chosen placement with the bound of the solver."""
+    layers = []
+    for number, (layer, placement) in enumerate(
+        zip(solution.layers, chosen.placements, strict=True)
+    ):
+        shares = one_copy(placement, problem.num_ranks)
+        evaluation = evaluate_layer(problem, number, shares)
+        layers.append(
+            replace(
+                layer,
+                shares=shares,
+                evaluation=evaluation,
+                bound_s=min(layer.bound_s, evaluation.seconds),
+                found_by=f"replan, {chosen.name}",
+            )
+        )
+    bound = min(solution.bound_s, chosen.seconds)
+    reached = 1 - bound / chosen.seconds if chosen.seconds else 0.0
+    unproven: Status = "feasible" if reached <= gap else "limit"
+    status: Status = "optimal" if reached <= OPTIMAL_GAP else unproven
+    return replace(solution, layers=tuple(layers), bound_s=bound, status=status)
+
+
+def _transfers(plan: Plan, held: Held, placements: Sequence[Placement]) -> tuple[Transfer, ...]:
+    transfers = []
+    for number, (copies, placement) in enumerate(zip(held, placements, strict=True)):
+        for expert, rank in enumerate(placement.tolist()):
+            if not copies[expert, rank]:
+                holders = np.flatnonzero(copies[expert])
+                transfers.append(
+                    Transfer(
+                        layer=plan.model.moe_layers[number],
+                        expert=expert,
+                        rank=rank,
+                        source=int(holders[0]) if holders.size else None,
+                    )
+                )
+    return tuple(transfers)
+
+
+def _reasons(
+    plan: Plan,
+    lost: Sequence[str],
+    transfers: Sequence[Transfer],
+    options: Sequence[Option],
+    chosen: Option,
+) -> list[str]:
+    stored = sum(transfer.source is None for transfer in transfers)
+    copies = plan.model.num_moe_layers * plan.model.num_experts
+    reasons = [
+        f"replanned from {plan.sha256()[:12]} without {', '.join(lost)}",
+        f"{chosen.name}: of {copies} experts {copies - len(transfers)} stay, {stored} come from "
+        f"the checkpoint, {len(transfers) - stored} from other ranks",
+    ]
+    best = min(options, key=lambda option: option.seconds)
+    if best.seconds < chosen.seconds:
+        reasons.append(
+            f"{best.name} loads {best.loads} experts instead of {chosen.loads} and takes "
+            f"{1 - best.seconds / chosen.seconds:.1%} less"
+        )
+    if options[0].name != LEAST:
+        reasons.append(
+            "the survivors cannot keep all they hold and find room for the lost experts too"
+        )
+    if plan.share_of_slot is not None:
+        reasons.append("one copy of every expert is kept: replicas are not planned again")
+    return reasons

@@ -1,65 +1,76 @@
-"""From one slot table to another: which expert travels from which rank to which.
+"""The transfer list: which expert a rank has to load before a new plan can run, and from where.
 
-Pure Python without other modules: the planner prints the list, and every rank derives the same.
+JSON, one transfer a line:
+
+    {"schema_version": 1, "kind": "epplan-transfers", "plan": HASH, "from_plan": HASH,
+     "expert_bytes": 1073741824, "total_bytes": ..., "transfers": [
+      {"layer": 0, "expert": 5, "rank": 3, "host": "a", "gpu_index": 3, "from": "checkpoint"},
+      {"layer": 2, "expert": 1, "rank": 0, "host": "a", "gpu_index": 0, "from": 7}]}
+
+`layer` is the model's, ranks are the new plan's; `from` is the checkpoint or a rank that holds a
+copy until the new plan runs.
 """
 
-from collections import Counter
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-Slots = Sequence[int | None]  # expert of every slot of one layer, in rank order
+from .plan import Plan
+
+CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """One expert of one layer, from a rank that holds it to one that shall."""
+    """One expert of one layer that `rank` loads.
 
-    layer: int  # ordinal of the MoE layer
+    Attributes:
+        layer: absolute layer number.
+        expert: the expert.
+        rank: who loads it, in the new plan.
+        source: a rank of the new plan that holds a copy; None: only the checkpoint has it.
+    """
+
+    layer: int
     expert: int
-    source_slot: int  # global slot numbers
-    target_slot: int
+    rank: int
+    source: int | None
 
 
-def layer_transfers(
-    layer: int, old: Slots, new: Slots, slots_per_rank: int, hosts: Sequence[str]
-) -> list[Transfer]:
-    """Return the transfers of one layer, by target slot.
-
-    An expert that only changes its slot within a rank is no transfer. It comes from its own host if
-    a copy is there, and from the rank that sends least so far.
+def transfers_json(transfers: Sequence[Transfer], plan: Plan, before: Plan) -> dict[str, Any]:
+    """Return the list as JSON values.
 
     Args:
-        layer: ordinal of the MoE layer.
-        old: present slots.
-        new: slots to be.
-        slots_per_rank: slots of a rank.
-        hosts: of every rank.
+        transfers: what is loaded.
+        plan: the new plan.
+        before: the plan it replaces.
     """
-    holders: dict[int, list[int]] = {}
-    for slot, expert in enumerate(old):
-        if expert is not None:
-            holders.setdefault(expert, []).append(slot)
-    sent: Counter[int] = Counter()
-    transfers = []
-    for target, expert in enumerate(new):
-        rank = target // slots_per_rank
-        if expert is None or local_slot(old, expert, rank, slots_per_rank) is not None:
-            continue
+    size = plan.model.expert_bytes
+    return {
+        "schema_version": 1,
+        "kind": "epplan-transfers",
+        "plan": plan.sha256(),
+        "from_plan": before.sha256(),
+        "expert_bytes": size,
+        "total_bytes": size * len(transfers),
+        "transfers": [
+            {
+                "layer": transfer.layer,
+                "expert": transfer.expert,
+                "rank": transfer.rank,
+                "host": plan.ranks[transfer.rank].host,
+                "gpu_index": plan.ranks[transfer.rank].gpu_index,
+                "from": CHECKPOINT if transfer.source is None else transfer.source,
+            }
+            for transfer in transfers
+        ],
+    }
 
-        def cost(slot: int, host: str = hosts[rank]) -> tuple[bool, int, int]:
-            source = slot // slots_per_rank
-            return hosts[source] != host, sent[source], slot
 
-        source = min(holders[expert], key=cost)
-        sent[source // slots_per_rank] += 1
-        transfers.append(
-            Transfer(layer=layer, expert=expert, source_slot=source, target_slot=target)
-        )
-    return transfers
-
-
-def local_slot(slots: Slots, expert: int, rank: int, slots_per_rank: int) -> int | None:
-    """Return the global slot in which `rank` holds `expert`, if it does."""
-    first = rank * slots_per_rank
-    own = list(slots[first : first + slots_per_rank])
-    return first + own.index(expert) if expert in own else None
+def transfers_text(document: dict[str, Any]) -> str:
+    """Return the file's text, one transfer a line."""
+    head = {key: value for key, value in document.items() if key != "transfers"}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in document["transfers"])
+    return "{\n" + ",\n".join([*lines, f'"transfers": [\n{rows}\n]']) + "\n}\n"

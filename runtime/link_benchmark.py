@@ -11,7 +11,7 @@ interpreted here.
 
 import json
 import os
-import platform
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,7 +119,7 @@ def time_links(plan: Plan, options: Options, setting: Setting, rank: int) -> dic
     sizes = options.sizes(setting.backend)
     pairs = _time_pairs(sizes, options.repeats, setting.device, rank, plan.world_size)
     exchange = _time_all_to_all(sizes, options.repeats, setting.device, plan.world_size)
-    own = {"machine": platform.node(), "pairs": pairs, "all_to_all": exchange}
+    own = {"machine": socket.gethostname(), "pairs": pairs, "all_to_all": exchange}
     everyone: list[dict[str, Any]] = [{}] * plan.world_size
     dist.all_gather_object(everyone, own)
     if rank != 0:

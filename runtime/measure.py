@@ -23,6 +23,7 @@ from .generate import generate
 from .model import ExpertParallelModel, Step
 from .monitor import measure_load
 from .options import Options
+from .progress import Progress, open_progress
 from .result import PhaseTime, Result
 from .schedule import Choice, choose
 from .source import CheckpointSource, Source, open_source
@@ -77,8 +78,17 @@ def run_rank(
         at("the warm-up step")
         warm_up = model.forward(x_BSH, check_rows=True)  # checks every row's way
         upkeep.check()
+        progress = open_progress(
+            options.progress,
+            plan,
+            rank,
+            seed=options.seed,
+            sequences=options.sequences,
+            sequence_length=options.positions,
+        )
+        steps = progress.remaining(options.steps)
         with upkeep.balancing():
-            timed = _time_steps(run, model.clock, options.steps, setting.device, upkeep)
+            timed = _time_steps(run, model.clock, steps, setting.device, upkeep, progress)
         upkept = upkeep.finish()
         timings = _gather(timed.timing, rank, plan.world_size)
         if options.trace is not None:
@@ -100,7 +110,13 @@ def run_rank(
     if timings is None:
         return None
     reran = warm_up.reran + timings[0].reran
-    notes = (*setting.notes, *source.notes, *_notes(options, choice, reran), *upkept.notes)
+    notes = (
+        *setting.notes,
+        *source.notes,
+        *_notes(options, choice, reran),
+        *upkept.notes,
+        *progress.notes(),
+    )
     return _result(
         plan, options, setting, choice, timings, verification, timed, upkept, generated, notes
     )
@@ -136,14 +152,15 @@ class _Timed:
 def _time_steps(
     run: Callable[[], Step],
     clock: PhaseClock,
-    steps: int,
+    steps: range,
     device: torch.device,
     upkeep: Upkeep,
+    progress: Progress,
 ) -> _Timed:
     times: list[float] = []
     phases: list[dict[str, float]] = []
     reran = 0
-    for _ in range(steps):
+    for number in steps:
         upkeep.before_step()
         dist.barrier()  # all ranks start together, so that nobody's delay is counted twice
         synchronize(device)
@@ -155,6 +172,7 @@ def _time_steps(
         phases.append(clock.seconds())
         reran += step.reran
         upkeep.after_step(step, times[-1])
+        progress.finish(number)
     timing = RankTiming(steps=times, phases=phases, reran=reran)
     return _Timed(step=step, plan=plan, timing=timing)
 
@@ -206,7 +224,7 @@ def _result(
         seed=options.seed,
         sequences=options.sequences,
         sequence_length=options.positions,
-        steps=options.steps,
+        steps=len(timings[0].steps),
         tokens_per_step=tokens_per_step,
         tokens_per_s=tokens_per_step / step_s,
         step_s=step_s,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from epplan.errors import EpplanError
 from epplan.planner.plan import Plan
-from epplan.planner.transfers import Transfer, layer_transfers, local_slot
+from epplan.planner.slot_transfers import Transfer, layer_transfers, local_slot
 
 from .experts import MlpWeights, fingerprint
 

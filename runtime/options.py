@@ -28,6 +28,7 @@ class Options:
     checkpoint: Path | None = None
     prompt_tokens: str | None = None  # ids, separated by commas
     new_tokens: int = 1  # to generate after them, with a checkpoint
+    progress: Path | None = None  # rank 0's file of finished steps
     window: int = 10  # steps
     metrics: Path | None = None  # rank 0 writes it
     metrics_port: int | None = None  # rank 0 listens there

@@ -48,8 +48,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
         return fork_ranks(_with_gloo, world_size, world_size, store, function, arguments)
 
 
-def fork_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+def fork_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout_s: float = _TIMEOUT_S,
+) -> list[Any]:
     """Return `function(rank, *arguments)` of all ranks, each in a process of its own.
+
+    `timeout_s` is how long nobody may finish.
 
     Raises:
         RankError: of the first rank that failed.
@@ -69,7 +76,7 @@ def fork_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -
             sender.close()
             processes.append(process)
             receivers.append(receiver)
-        return _collect(receivers)
+        return _collect(receivers, timeout_s)
     finally:
         for started in processes:
             started.kill()
@@ -78,14 +85,14 @@ def fork_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -
             receiver.close()
 
 
-def _collect(receivers: list[Connection]) -> list[Any]:
+def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
     values: dict[int, Any] = {}
     while len(values) < len(receivers):
         waiting = [end for rank, end in enumerate(receivers) if rank not in values]
-        ready = wait(waiting, timeout=_TIMEOUT_S)
+        ready = wait(waiting, timeout=timeout_s)
         if not ready:
             ranks = [rank for rank in range(len(receivers)) if rank not in values]
-            raise RankError(f"ranks {ranks} still run after {_TIMEOUT_S:.0f} s")
+            raise RankError(f"ranks {ranks} still run after {timeout_s:.0f} s")
         for end in ready:
             assert isinstance(end, Connection)
             rank = receivers.index(end)

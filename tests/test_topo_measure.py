@@ -1,6 +1,7 @@
 """`epplan topo measure`: fits, slow pairs, real gloo ranks, and the file that is written."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from epplan.planner.plan import Plan, write_plan
 from epplan.runtime.environment import Setting
 from epplan.runtime.link_benchmark import Options, time_links
 from epplan.topologies.cluster_file import read_cluster_file
+from epplan.topologies.cluster_writer import cluster_text, measured_text
 from epplan.topologies.graph import Cluster
 from epplan.topologies.measure import LinkTimes, Measurement, fit, measure, parse_times
 from epplan.topologies.routes import find_routes
@@ -121,6 +123,74 @@ def test_a_slow_pair_is_flagged_and_does_not_change_its_class() -> None:
     (slow,) = found.slow
     assert (slow.gpus, slow.path) == (("h1/gpu0", "h3/gpu0"), "NET")
     assert measure(cluster, times(cluster, rates), 0.2).slow == ()
+
+
+def test_links_of_different_ratings_are_fitted_apart(tmp_path: Path) -> None:
+    slow, uplink, fast = 50e9 / 8, 100e9 / 8, 400e9 / 8  # h3's NIC, leaf1's uplink, all others
+    cluster = uneven_cluster()
+    way = {0: fast, 1: fast, 2: fast, 3: slow}
+    rates = {}
+    for first, second in combinations(range(4), 2):
+        crosses = {first // 2, second // 2} == {0, 1}
+        rates[first, second] = 0.9 * min(way[first], way[second], uplink if crosses else fast)
+    found = measure(cluster, times(cluster, rates), 0.5)
+    assert found.slow == ()  # as slow as they are rated
+    assert {row.rated: round(row.bandwidth) for row in found.rows} == {
+        rated: round(0.9 * rated) for rated in (fast, uplink, slow)
+    }
+    path = tmp_path / "measured.yaml"
+    path.write_text(cluster_text(cluster, "test"))
+    path.write_text(measured_text(str(path), cluster, "test", found.rows))
+    measured = load_cluster(str(path))
+    for tail, head in (("h0/nic0", "leaf0"), ("h3/nic0", "leaf1"), ("leaf1", "spine")):
+        link = measured.link(tail, head)
+        assert link.efficiency == pytest.approx(0.9)
+        assert link.provenance == "measured"
+    assert measured.link("leaf0", "spine").provenance == "read"  # no pair fills it
+
+
+def test_a_link_no_pair_fills_is_not_taken_for_the_slower_ones(tmp_path: Path) -> None:
+    one = {"gpu": "h100-sxm", "gpus": 1, "nic": "connectx-7", "nics": 1}
+    document = {
+        "schema_version": 1,
+        "name": "one-fast",
+        "host_types": {"fast": one, "slow": {**one, "nic_rate": "100Gb/s"}},
+        "hosts": [
+            {"names": "h0", "type": "fast", "leafs": ["leaf"]},
+            {"names": "h[1-2]", "type": "slow", "leafs": ["leaf"]},
+        ],
+        "switches": [{"names": "leaf"}],
+    }
+    cluster = read_cluster_file(document, "one-fast").build("")
+    rate = 0.8 * 100e9 / 8
+    found = measure(cluster, times(cluster, {(0, 1): rate, (0, 2): rate, (1, 2): rate}), 0.5)
+    path = tmp_path / "measured.yaml"
+    path.write_text(cluster_text(cluster, "test"))
+    path.write_text(measured_text(str(path), cluster, "test", found.rows))
+    measured = load_cluster(str(path))
+    assert measured.link("h0/nic0", "leaf").capacity_bytes_per_s == pytest.approx(0.8 * 400e9 / 8)
+    assert measured.link("h1/nic0", "leaf").capacity_bytes_per_s == pytest.approx(rate)
+
+
+def uneven_cluster() -> Cluster:
+    """Return hosts of one GPU, two a leaf; one NIC and one leaf's uplink are slow."""
+    rates = ["400Gb/s", "400Gb/s", "400Gb/s", "50Gb/s"]
+    one = {"gpu": "h100-sxm", "gpus": 1, "nic": "connectx-7", "nics": 1}
+    document = {
+        "schema_version": 1,
+        "name": "uneven",
+        "host_types": {f"t{index}": {**one, "nic_rate": rate} for index, rate in enumerate(rates)},
+        "hosts": [
+            {"names": f"h{index}", "type": f"t{index}", "leafs": [f"leaf{index // 2}"]}
+            for index in range(4)
+        ],
+        "switches": [
+            {"names": "leaf0", "uplinks": [{"to": "spine", "rate": "800Gb/s"}]},
+            {"names": "leaf1", "uplinks": [{"to": "spine", "rate": "100Gb/s"}]},
+            {"names": "spine"},
+        ],
+    }
+    return read_cluster_file(document, "uneven").build("")
 
 
 def test_times_of_something_else_are_refused() -> None:

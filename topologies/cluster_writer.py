@@ -99,6 +99,7 @@ def _rows(records: Iterable[MeasuredRecord]) -> list[dict[str, Any]]:
     return [
         {
             "path": record.path,
+            **({} if record.rated is None else {"rated": bandwidth_text(record.rated, bits=True)}),
             "transfers": record.transfers,
             "bandwidth": bandwidth_text(record.bandwidth, bits=False),
             "latency": f"{record.latency * 1e6:.3f}us",

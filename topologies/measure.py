@@ -2,8 +2,9 @@
 
 A transfer takes a + bytes / b. The fit minimises relative errors, so that small messages set a and
 large ones b; a path type is fitted to the median pair at each size, so that a slow pair does not
-hide in it. Where all ranks share one plane (NVSwitches, shared memory) the all-to-all tells what a
-port carries, and a pair alone does not.
+hide in it. Pairs whose slowest links are not rated alike (a slow host, an oversubscribed uplink)
+are fitted apart. Where all ranks share one plane (NVSwitches, shared memory) the all-to-all tells
+what a port carries, and a pair alone does not.
 """
 
 from collections import defaultdict
@@ -14,18 +15,20 @@ from statistics import median
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from epplan.errors import InputError
 from epplan.files import parse_yaml, read_text, validate
 
-from .graph import Cluster, Gpu
+from .graph import Cluster, Gpu, NetworkSwitch
 from .host_paths import PATH_TYPES
-from .measured import MeasuredRecord
-from .routes import find_routes
+from .measured import LIMITED_BY, MeasuredRecord
+from .routes import Routes, find_routes
 
 _SHARED = ("NVL", "SHM")  # path types over a plane
 Point = tuple[int, float]  # bytes, seconds
+Ranks = tuple[int, int]
 
 
 class _Record(BaseModel):
@@ -70,8 +73,16 @@ class LinkTimes(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Class:
+    """Pairs that are fitted together; `rated` (bytes/s) only where a path type has several."""
+
+    path: str
+    rated: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SlowPair:
-    """Two GPUs whose largest message is slower than the median of their path type."""
+    """Two GPUs whose largest message is slower than the median of their path type and rating."""
 
     gpus: tuple[str, str]
     path: str
@@ -121,8 +132,8 @@ def measure(cluster: Cluster, times: LinkTimes, slow_below: float) -> Measuremen
     Args:
         cluster: holds the GPUs the ranks ran on.
         times: what was timed.
-        slow_below: a pair is slow below this share of its path type's median bytes/s, each at
-            the largest message.
+        slow_below: a pair is slow below this share of the median bytes/s of its path type and
+            rating, each at the largest message.
 
     Raises:
         InputError: the times are not of this cluster's links.
@@ -134,23 +145,26 @@ def measure(cluster: Cluster, times: LinkTimes, slow_below: float) -> Measuremen
         )
     routes = find_routes(cluster, gpus)
     number = {gpu: index for index, gpu in enumerate(routes.gpus)}
-    points: dict[tuple[int, int], list[Point]] = defaultdict(list)
+    points: dict[Ranks, list[Point]] = defaultdict(list)
     for pair in times.pairs:
         points[pair.ranks].append((pair.bytes, pair.seconds))
-    by_path: dict[str, dict[tuple[int, int], list[Point]]] = defaultdict(dict)
-    for ranks, own in points.items():
-        first, second = (number[gpus[rank]] for rank in ranks)
-        by_path[PATH_TYPES[routes.path_type[first, second]]][ranks] = own
-    rows = tuple(_row(path, pairs, times, len(by_path)) for path, pairs in by_path.items())
+    paths = _by_path(
+        cluster,
+        routes,
+        {ranks: (number[gpus[ranks[0]]], number[gpus[ranks[1]]]) for ranks in points},
+    )
+    classes = {key: {ranks: points[ranks] for ranks in members} for key, members in paths.items()}
+    num_paths = len({key.path for key in classes})
+    rows = tuple(_row(key, pairs, times, num_paths) for key, pairs in classes.items())
     slow = [
         SlowPair(
             gpus=(gpus[first], gpus[second]),
-            path=path,
+            path=key.path,
             bytes_per_s=rate,
             median_bytes_per_s=middle,
         )
-        for path, pairs in by_path.items()
-        if path != "SHM"  # no link: which core each process got decides
+        for key, pairs in classes.items()
+        if key.path != "SHM"  # no link: which core each process got decides
         for (first, second), rate, middle in _slow(pairs, slow_below)
     ]
     return Measurement(rows=rows, slow=tuple(slow))
@@ -167,14 +181,71 @@ def fit(points: Iterable[Point]) -> tuple[float, float]:
     return float(latency), 1 / float(per_byte)
 
 
+def _by_path(
+    cluster: Cluster, routes: Routes, places: dict[Ranks, Ranks]
+) -> dict[_Class, list[Ranks]]:
+    """Return the pairs of every path type, by rating where links that limit it differ in it.
+
+    Args:
+        cluster: the cluster.
+        routes: the routes.
+        places: numbers of a pair's GPUs in `routes`.
+    """
+    rated = _rated_bytes_per_s(routes)
+    found: dict[str, dict[int, list[Ranks]]] = defaultdict(lambda: defaultdict(list))
+    for ranks, place in places.items():
+        path = PATH_TYPES[routes.path_type[place]]
+        rating = round(rated[place]) if np.isfinite(rated[place]) else 0
+        found[path][rating].append(ranks)
+    if len(found) == 1 and (path := next(iter(found))) in _SHARED:
+        return {_Class(path=path, rated=None): list(places)}
+    return {
+        _Class(
+            path=path,
+            rated=rating if ratings.keys() | _ratings(cluster, path) != {rating} else None,
+        ): members
+        for path, ratings in found.items()
+        for rating, members in sorted(ratings.items(), reverse=True)
+    }
+
+
+def _ratings(cluster: Cluster, path: str) -> set[int]:
+    """Return the ratings of the links that limit a type of path, but for those between switches."""
+    return {
+        round(link.rated_bytes_per_s)
+        for tail, head, link in cluster.links()
+        if link.kind == LIMITED_BY.get(path)
+        and link.rated_bytes_per_s
+        and not all(isinstance(cluster.node(end), NetworkSwitch) for end in (tail, head))
+    }
+
+
+def _rated_bytes_per_s(routes: Routes) -> npt.NDArray[np.float64]:
+    """Return the rating of the slowest link between GPUs that limits their type of path, [G, G].
+
+    A link that carries only a share of a pair's bytes counts as that much faster.
+    """
+    slowest = np.full(routes.path_type.shape, np.inf)
+    for flow, resource in enumerate(routes.resource_of_flow.tolist()):
+        link = routes.resources[resource].link
+        here, there = routes.sources[[flow]], routes.destinations[[flow]]
+        block = np.ix_(here.indices, there.indices)
+        limits = np.array([LIMITED_BY.get(path) == link.kind for path in PATH_TYPES])
+        share = here.data[:, None] * there.data[None, :]
+        is_limit = limits[routes.path_type[block]] & (share > 0)
+        rated = link.rated_bytes_per_s / np.where(is_limit, share, 1.0)
+        slowest[block] = np.where(is_limit, np.minimum(slowest[block], rated), slowest[block])
+    return slowest
+
+
 def _row(
-    path: str, pairs: dict[tuple[int, int], list[Point]], times: LinkTimes, num_paths: int
+    key: _Class, pairs: dict[Ranks, list[Point]], times: LinkTimes, num_paths: int
 ) -> MeasuredRecord:
     by_size: dict[int, list[float]] = defaultdict(list)
     for points in pairs.values():
         for size, seconds in points:
             by_size[size].append(seconds)
-    is_shared = path in _SHARED and num_paths == 1 and bool(times.all_to_all)
+    is_shared = key.path in _SHARED and num_paths == 1 and bool(times.all_to_all)
     if is_shared:
         middle = [(row.bytes, row.seconds) for row in times.all_to_all]
     else:
@@ -182,7 +253,8 @@ def _row(
     latency, bandwidth = fit(middle)
     return MeasuredRecord.model_validate(
         {
-            "path": path,
+            "path": key.path,
+            "rated": None if key.rated is None else f"{key.rated}B/s",
             "transfers": "all-to-all" if is_shared else "pairs",
             "bandwidth": f"{bandwidth:.0f}B/s",
             "latency": f"{latency * 1e9:.0f}ns",
@@ -193,8 +265,8 @@ def _row(
 
 
 def _slow(
-    pairs: dict[tuple[int, int], list[Point]], slow_below: float
-) -> Iterable[tuple[tuple[int, int], float, float]]:
+    pairs: dict[Ranks, list[Point]], slow_below: float
+) -> Iterable[tuple[Ranks, float, float]]:
     largest = {ranks: max(points) for ranks, points in pairs.items()}
     rates = {ranks: size / seconds for ranks, (size, seconds) in largest.items()}
     middle = median(rates.values())

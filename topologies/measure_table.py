@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .cluster_writer import bandwidth_text
 from .measure import LinkTimes, Measurement
 from .units import format_bandwidth, format_time
 
@@ -19,6 +20,7 @@ def measurement_json(measurement: Measurement, times: LinkTimes) -> dict[str, An
         "classes": [
             {
                 "path": row.path,
+                "rated_bytes_per_s": row.rated,
                 "transfers": row.transfers,
                 "latency_s": row.latency,
                 "bandwidth_bytes_per_s": row.bandwidth,
@@ -47,7 +49,12 @@ def measurement_table(measurement: Measurement, times: LinkTimes) -> RenderableT
         table.add_column(heading, justify="left" if heading in ("path", "transfers") else "right")
     for row in measurement.rows:
         latency, bandwidth = format_time(row.latency), format_bandwidth(row.bandwidth)
-        table.add_row(row.path, row.transfers, latency, bandwidth, str(row.samples))
+        path = (
+            row.path
+            if row.rated is None
+            else f"{row.path} of {bandwidth_text(row.rated, bits=True)}"
+        )
+        table.add_row(path, row.transfers, latency, bandwidth, str(row.samples))
     lines = [
         f"slow: {' - '.join(pair.gpus)} ({pair.path}): {format_bandwidth(pair.bytes_per_s)}, "
         f"the median of {pair.path} is {format_bandwidth(pair.median_bytes_per_s)}"

@@ -4,10 +4,17 @@ measured:
   - {path: NVL, transfers: pairs, bandwidth: 371GB/s, latency: 12us, samples: 280, backend: nccl}
 
 One row a path type. It replaces the efficiency of the links which that type of path is limited by;
-no link gets faster than rated.
+no link gets faster than rated. Where the slowest links of a type's paths are not all rated alike, a
+row each with `rated`: what these links reach of their rating, links of a rating that no row has
+reach as well, on average.
+
+  - {path: NET, rated: 200Gb/s, transfers: pairs, bandwidth: 22GB/s, ...}
+  - {path: NET, rated: 50Gb/s, transfers: pairs, bandwidth: 5.6GB/s, ...}
 """
 
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,6 +40,7 @@ class MeasuredRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Literal["NVL", "NVB", "SHM", "PIX", "PXB", "PHB", "SYS", "NET"]
+    rated: Bandwidth | None = Field(default=None, gt=0)  # of the slowest link on the way
     transfers: Literal["pairs", "all-to-all"]
     bandwidth: Bandwidth = Field(gt=0)
     latency: Seconds = Field(ge=0)
@@ -40,17 +48,40 @@ class MeasuredRecord(BaseModel):
     backend: str
 
 
-def apply_measured(builder: ClusterBuilder, records: tuple[MeasuredRecord, ...]) -> None:
-    """Put the rows' bandwidths on the links; of several types on one kind the slowest counts.
+@dataclass(slots=True)
+class _Rates:
+    """What was measured over links of one kind; of several path types the slowest counts."""
 
-    Latencies go to the cluster, by path type.
-    """
-    builder.latency_s.update({record.path: record.latency for record in records})
-    slowest: dict[LinkKind, float] = {}
+    for_all: float = float("inf")  # bytes/s of a link
+    share: dict[int, float] = field(default_factory=dict)  # of the rating, by rating
+
+    def add(self, record: MeasuredRecord) -> None:
+        if record.rated is None:
+            self.for_all = min(self.for_all, record.bandwidth)
+        else:
+            share = min(1.0, record.bandwidth / record.rated)
+            rated = round(record.rated)
+            self.share[rated] = min(share, self.share.get(rated, share))
+
+    def efficiency(self, rated: float, between_switches: bool) -> float | None:
+        """Return what a link reaches of its rating, None where the rows do not tell."""
+        if round(rated) in self.share:
+            return self.share[round(rated)]
+        if between_switches:
+            return None  # transfers between ranks do not fill the cables between switches
+        if self.share:
+            return median(self.share.values())
+        return min(1.0, self.for_all / rated)
+
+
+def apply_measured(builder: ClusterBuilder, records: tuple[MeasuredRecord, ...]) -> None:
+    """Put the rows' bandwidths on the links, and their latencies, by path type, on the cluster."""
+    rates: dict[LinkKind, _Rates] = defaultdict(_Rates)
     for record in records:
-        kind = LIMITED_BY.get(record.path)
-        if kind is not None:
-            slowest[kind] = min(record.bandwidth, slowest.get(kind, record.bandwidth))
+        longest = max(record.latency, builder.latency_s.get(record.path, 0.0))
+        builder.latency_s[record.path] = longest
+        if (kind := LIMITED_BY.get(record.path)) is not None:
+            rates[kind].add(record)
     switches = {
         name
         for name, data in builder.graph.nodes(data=True)
@@ -58,9 +89,8 @@ def apply_measured(builder: ClusterBuilder, records: tuple[MeasuredRecord, ...])
     }
     for tail, head, data in builder.graph.edges(data=True):
         link = data["link"]
-        if link.kind not in slowest or not link.rated_bytes_per_s:
+        if link.kind not in rates or not link.rated_bytes_per_s:
             continue
-        if {tail, head} <= switches:
-            continue  # transfers between ranks do not fill the cables between switches
-        efficiency = min(1.0, slowest[link.kind] / link.rated_bytes_per_s)
-        data["link"] = replace(link, efficiency=efficiency, provenance="measured")
+        efficiency = rates[link.kind].efficiency(link.rated_bytes_per_s, {tail, head} <= switches)
+        if efficiency is not None:
+            data["link"] = replace(link, efficiency=efficiency, provenance="measured")

@@ -16,6 +16,7 @@ islands a GPU takes its nearest NICs, and switches share traffic equally over al
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import networkx as nx
@@ -47,7 +48,7 @@ class Resource:
         return f"{self.link.kind} {self.tail} -> {self.head}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Routes:
     """All routes between GPUs 0..G-1.
 
@@ -75,9 +76,54 @@ class Routes:
 
     def bytes_per_resource(self, traffic: Floats) -> Floats:
         """Return the bytes on every resource, [R], for `traffic` [G, G] in bytes (from, to)."""
-        per_flow = self.destinations.multiply(self.sources @ traffic).sum(axis=1)
-        total = np.bincount(self.resource_of_flow, per_flow, minlength=len(self.capacity))
-        return total.astype(np.float64)
+        return _rectangles_of(self).bytes_per_resource(traffic)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rectangles:
+    """The different rectangles among the flows: links in a row carry the same ones."""
+
+    sources: csr_array  # [different sources, G]
+    destinations: csr_array  # of every rectangle, [rectangles, G]
+    source_of: npt.NDArray[np.intp]  # [rectangles]
+    on_resource: csr_array  # how often a resource carries a rectangle, [R, rectangles]
+
+    def bytes_per_resource(self, traffic: Floats) -> Floats:
+        """Return the bytes on every resource, [R]."""
+        sent = (self.sources @ traffic)[self.source_of]
+        total: Floats = self.on_resource @ self.destinations.multiply(sent).sum(axis=1)
+        return total
+
+
+@lru_cache(maxsize=8)  # a step prices hundreds of traffics on the same routes
+def _rectangles_of(routes: Routes) -> _Rectangles:
+    first_source, source = _different_rows(routes.sources)
+    _, destination = _different_rows(routes.destinations)
+    pairs, first, pair = np.unique(
+        np.stack([source, destination]), axis=1, return_index=True, return_inverse=True
+    )
+    ones = np.ones(len(routes.resource_of_flow))
+    shape = (len(routes.capacity), pairs.shape[1])
+    return _Rectangles(
+        sources=routes.sources[first_source],
+        destinations=routes.destinations[first],
+        source_of=pairs[0],
+        on_resource=csr_array((ones, (routes.resource_of_flow, pair.ravel())), shape=shape),
+    )
+
+
+def _different_rows(matrix: csr_array) -> tuple[list[int], npt.NDArray[np.intp]]:
+    """Return the first of every different row, and which of them each row equals."""
+    number: dict[bytes, int] = {}
+    first: list[int] = []
+    of_row = np.empty(matrix.shape[0], dtype=np.intp)
+    for row in range(matrix.shape[0]):
+        here = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        key = matrix.indices[here].tobytes() + b"|" + matrix.data[here].tobytes()
+        of_row[row] = number.setdefault(key, len(number))
+        if len(first) < len(number):
+            first.append(row)
+    return first, of_row
 
 
 def find_routes(cluster: Cluster, gpus: Iterable[str] | None = None) -> Routes:

@@ -49,6 +49,13 @@ if TYPE_CHECKING:
 @click.option("--name", help="Of the job. [default: the plan's]")
 @click.option("--image", help="Container image with epplan and torch, for Kubernetes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="With local: start all ranks again that often when one is killed or crashes.",
+)
 @worker_options
 @click.pass_context
 def launch(
@@ -67,6 +74,7 @@ def launch(
     name: str | None,
     image: str | None,
     as_json: bool,
+    max_restarts: int,
     host_map: Path | None,
     **options: Any,
 ) -> None:
@@ -74,7 +82,9 @@ def launch(
 
     With local every line of a rank has the rank in front. The first rank to fail stops all others
     and gives its exit code; Ctrl-C and SIGTERM stop all. With --json, stdout holds nothing but the
-    result and the ranks' output goes to stderr.
+    result and the ranks' output goes to stderr. With --max-restarts they go on after the last
+    finished step; when a host is gone, `epplan replan` makes a plan for the others, and the same
+    --progress file lets it go on there.
 
     Other targets get files, plain to read, and a command that epplan becomes: docs/launch.md.
 
@@ -87,6 +97,12 @@ def launch(
     from epplan.launcher.quoting import parse_variable
     from epplan.launcher.request import request_from_plan
 
+    if target != LOCAL and max_restarts:
+        raise InputError(
+            f"--max-restarts is for --to local; {target} starts again by its own rules",
+            hints=["keep --progress, and submit the job again"],
+        )
+    progress = options.pop("progress") if target == LOCAL else None
     if target == LOCAL:  # jobs take a copy of the map along
         options["host_map"] = host_map
     request = request_from_plan(
@@ -100,7 +116,7 @@ def launch(
         if dry_run or show_env:
             _show_local(request, show_env, as_json)
         else:
-            _run_local(context, request, as_json)
+            _run_local(context, request, as_json, max_restarts, progress)
         return
     from epplan.launcher.build import Settings
 
@@ -126,7 +142,14 @@ def _any_machine(request: "LaunchRequest", host_map: Path | None) -> "LaunchRequ
     return replace(request, options=(*request.options, "--no-identity"))
 
 
-def _run_local(context: click.Context, request: "LaunchRequest", as_json: bool) -> None:
+def _run_local(
+    context: click.Context,
+    request: "LaunchRequest",
+    as_json: bool,
+    max_restarts: int,
+    progress: Path | None,
+) -> None:
+    from epplan.launcher.restart import progress_file, run_with_restarts
     from epplan.launcher.targets.local import run_local
 
     if importlib.util.find_spec("torch") is None:
@@ -142,7 +165,16 @@ def _run_local(context: click.Context, request: "LaunchRequest", as_json: bool) 
             err=True,
         )
     try:
-        run = run_local(request, lambda line, is_error: click.echo(line, err=is_error or as_json))
+        with progress_file(progress, max_restarts) as kept:
+            kept_options = option_arguments({"progress": kept})
+            request = replace(request, options=(*request.options, *kept_options))
+            run = run_with_restarts(
+                lambda: run_local(
+                    request, lambda line, is_error: click.echo(line, err=is_error or as_json)
+                ),
+                max_restarts,
+                lambda line: click.echo(line, err=True),
+            )
     except RankFailedError as error:
         if as_json and error.result is not None:
             click.echo(json.dumps(error.result))

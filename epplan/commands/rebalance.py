@@ -10,9 +10,9 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from epplan.planner.next_plan import Replan
     from epplan.planner.plan import Plan
-    from epplan.planner.replan import Replan
-    from epplan.planner.transfers import Transfer
+    from epplan.planner.slot_transfers import Transfer
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _MAX_TRANSFERS = 40  # rows of the printed table
@@ -44,8 +44,8 @@ def rebalance(plan: Path, counts: Path, output: Path, min_gain: float, as_json: 
     """
     from epplan.errors import InputError
     from epplan.output import print_json, print_tables, talk
+    from epplan.planner.next_plan import replan
     from epplan.planner.plan import read_plan, write_plan
-    from epplan.planner.replan import replan
     from epplan.planner.traffic import make_traffic
 
     if not output.absolute().parent.is_dir():

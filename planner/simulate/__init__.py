@@ -1,0 +1,1 @@
+"""The simulator: what a plan or a layout will run at, and what limits it."""

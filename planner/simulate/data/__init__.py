@@ -1,0 +1,1 @@
+"""Device and transfer profiles, as data."""
