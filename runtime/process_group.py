@@ -44,12 +44,7 @@ def process_group(
         wait_for_workers=False,
     )
     with (
-        Watchdog(
-            _of_this_start(own_store, environment),
-            environment.rank,
-            environment.world_size,
-            timeout_s,
-        ) as watchdog,
+        Watchdog(own_store, environment.rank, environment.world_size, timeout_s) as watchdog,
         watchdog.explained(),
     ):
         dist.init_process_group(
@@ -88,13 +83,6 @@ def meet(environment: RankEnvironment, timeout_s: float) -> Store:
             hints=["MASTER_ADDR and MASTER_PORT must name rank 0's host and a free port there"],
         ) from None
     store.set_timeout(timeout)
-    return _of_this_start(store, environment)
-
-
-def _of_this_start(store: Store, environment: RankEnvironment) -> Store:
-    """Return the part of a store that belongs to this start of the ranks.
-
-    torchrun keeps one store over restarts, with all that was written into it before: under its
-    static rendezvous restarted ranks would find the addresses and answers of their dead ones.
-    """
+    # torchrun keeps one store over restarts, with all that was written into it before: under its
+    # static rendezvous restarted ranks would find the addresses and answers of their dead ones.
     return PrefixStore(f"start {environment.restarts}", store)

@@ -39,7 +39,8 @@ def main(args):
             fault(model)
         return FORWARD(model, *arguments, **options)
     measure.ExpertParallelModel.forward = forward
-    worker.main(["--backend=gloo", "--timeout={timeout_s}", "--steps=4", *args])
+    options = ["--backend=gloo", "--no-identity", "--timeout={timeout_s}", "--steps=4"]
+    worker.main([*options, *args])
 """
 
 
