@@ -6,13 +6,17 @@ One JSON line a case: objective, bound, gap, seconds of one layer (routes and ro
 to experts in id order. Sources are skewed: lognormal popularity (sigma 1) times lognormal affinity
 of every source rank. `mixed` clusters hold half H100 hosts with a NIC a GPU, half H200 hosts with 4
 NICs for 8 GPUs, one host of half its NVLinks and NICs of half their speed, and leafs oversubscribed
-2:1 and more; in `one-nic` ones the 8 GPUs of a host share one. The trace is `counts` [iterations,
+2:1 and more; in `one-nic` ones the 8 GPUs of a host share one. `choice-1024` chooses 256 of 1,024
+GPUs: 8 leafs oversubscribed 4:1, under each 8 H100 hosts with a NIC a GPU, 7 H200 hosts with 4 NICs
+and a degraded one; its gap is to any choice of 256 GPUs, and `first_over_choice` what the first 256
+in cluster order would take. The trace is `counts` [iterations,
 sources, layers, experts] with `iters`, here 16 sources on 4 hosts of 8 GPUs and 32 experts, one per
 GPU; judged by the worst host's rows in or out.
 """
 
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -20,12 +24,13 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from epplan.planner.group import choose_groups
 from epplan.planner.model import AttentionSpec, ModelSpec
 from epplan.planner.problem import make_problem
 from epplan.planner.solve import Solution, solve_placement
 from epplan.planner.traffic import Floats, Traffic, make_traffic
 from epplan.topologies.cluster_file import read_cluster_file
-from epplan.topologies.graph import Cluster
+from epplan.topologies.graph import Cluster, Gpu
 
 CASES = [
     ("plain", 16, 0.005, 1),
@@ -40,7 +45,18 @@ CASES = [
     ("one-nic", 128, 0.005, 5),
     ("one-nic", 256, 0.005, 15),
 ]
+CHOICE = ("choice-1024", 256, 0.05, 60)
 JUDGED_LATER = (0, 10, 100, 500)  # iterations after the plan
+_PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+_HOST_TYPES = {
+    "own": {"gpu": "h100-sxm", "gpus": 8, "nic": "connectx-7", "nics": 8},
+    "one": {"gpu": "h100-sxm", "gpus": 8, "nic": "connectx-7", "nics": 1},
+    "shared": {"gpu": "h200-sxm", "gpus": 8, "nic": "connectx-7", "nics": 4},
+    "degraded": {
+        **{"gpu": "h100-sxm", "gpus": 8, "nic": "connectx-7", "nics": 8},
+        **{"links": 9, "nic_rate": "200Gb/s"},
+    },
+}
 
 
 @click.command()
@@ -52,6 +68,8 @@ def main(traces: Path | None, only: str | None, skew: float) -> None:
     for kind, ranks, gap, goal_s in CASES:
         if only in (None, f"{kind}-{ranks}"):
             _print({"case": f"{kind}-{ranks}", **_case(kind, ranks, gap, goal_s, skew)})
+    if only in (None, CHOICE[0]):
+        _print({"case": CHOICE[0], **_choice(*CHOICE[1:], skew)})
     if traces is None:
         click.echo("no --traces given: the recorded trace is not run", err=True)
     elif only is None:
@@ -80,10 +98,68 @@ def _case(kind: str, ranks: int, gap: float, goal_s: float, skew: float) -> dict
     }
 
 
+def _choice(ranks: int, gap: float, goal_s: float, skew: float) -> dict[str, object]:
+    model, cluster = _model(ranks, top_k=8), _choice_cluster()
+    traffic = make_traffic(f"lognormal:1,{skew}", model, ranks, 4096, 0)
+    began = time.monotonic()
+    groups = choose_groups(cluster, model, traffic, 1)
+    chosen_s = time.monotonic() - began
+    solution = _solve_on(cluster, groups.gpus[0], model, traffic, gap / 5, goal_s)
+    seconds = time.monotonic() - began
+    peak = max(resource.getrusage(who).ru_maxrss for who in _PROCESSES)
+    first = _solve_on(cluster, tuple(cluster.gpus()[:ranks]), model, traffic, gap / 5, goal_s)
+    assert groups.bound_s is not None
+    return {
+        "status": solution.status,
+        "objective_s": solution.objective_s,
+        "bound_s": groups.bound_s,
+        "gap": 1 - groups.bound_s / solution.objective_s,
+        "gap_goal": gap,
+        "gap_on_chosen": solution.gap,
+        "seconds": seconds,
+        "seconds_choosing": chosen_s,
+        "seconds_goal": goal_s,
+        "peak_bytes": peak * 1024,  # Linux counts in KiB
+        "peak_bytes_goal": 4 * 2**30,
+        "first_over_choice": first.objective_s / solution.objective_s,
+        "reason": groups.reason,
+    }
+
+
+def _choice_cluster() -> Cluster:
+    leafs = range(1, 9)
+    hosts = [
+        {"names": f"{kind[0]}{leaf}[1-{number}]", "type": kind, "leafs": [f"leaf{leaf}"]}
+        for leaf in leafs
+        for kind, number in (("shared", 7), ("degraded", 1), ("own", 8))
+    ]
+    # 8 x 8 + 7 x 4 NICs of 400 Gb/s and 8 of 200 Gb/s under a leaf: 96, over 24 uplinks.
+    uplinks = [{"to": "spine", "count": 24, "rate": "400Gb/s"}]
+    document = {
+        "schema_version": 1,
+        "name": "choice",
+        "host_types": _HOST_TYPES,
+        "hosts": hosts,
+        "switches": [{"names": "leaf[1-8]", "uplinks": uplinks}, {"names": "spine"}],
+    }
+    return read_cluster_file(document, "choice").build("")
+
+
 def _solve(
     cluster: Cluster, model: ModelSpec, traffic: Traffic, gap: float, limit_s: float
 ) -> Solution:
-    problem = make_problem(cluster, tuple(cluster.gpus()), model, traffic, 1)
+    return _solve_on(cluster, tuple(cluster.gpus()), model, traffic, gap, limit_s)
+
+
+def _solve_on(
+    cluster: Cluster,
+    gpus: tuple[Gpu, ...],
+    model: ModelSpec,
+    traffic: Traffic,
+    gap: float,
+    limit_s: float,
+) -> Solution:
+    problem = make_problem(cluster, gpus, model, traffic, 1)
     return solve_placement(
         problem, gap=gap, time_limit_s=limit_s, seed=0, progress=lambda line: None
     )
@@ -105,15 +181,6 @@ def _model(experts: int, *, top_k: int, layers: int = 1) -> ModelSpec:
 
 
 def _cluster(kind: str, hosts: int) -> Cluster:
-    types = {
-        "own": {"gpu": "h100-sxm", "gpus": 8, "nic": "connectx-7", "nics": 8},
-        "one": {"gpu": "h100-sxm", "gpus": 8, "nic": "connectx-7", "nics": 1},
-        "shared": {"gpu": "h200-sxm", "gpus": 8, "nic": "connectx-7", "nics": 4},
-        "degraded": {
-            **{"gpu": "h100-sxm", "gpus": 8, "nic": "connectx-7", "nics": 8},
-            **{"links": 9, "nic_rate": "200Gb/s"},
-        },
-    }
     if kind != "mixed":
         chosen = "own" if kind == "plain" else "one"
         groups = [{"names": f"a[1-{hosts}]", "type": chosen, "leafs": ["leaf1"]}]
@@ -135,7 +202,7 @@ def _cluster(kind: str, hosts: int) -> Cluster:
     document = {
         "schema_version": 1,
         "name": kind,
-        "host_types": types,
+        "host_types": _HOST_TYPES,
         "hosts": groups,
         "switches": switches,
     }

@@ -39,6 +39,8 @@ def assemble_plan(
     seed: int,
     command: str,
     reasons: Sequence[str],
+    choice_bound_s: float | None = None,
+    assumptions: Sequence[str] = (),
 ) -> Plan:
     """Return the plan.
 
@@ -52,6 +54,8 @@ def assemble_plan(
         seed: of traffic and solver.
         command: the command line that makes this plan.
         reasons: automatic choices made before the problem, in words.
+        choice_bound_s: no choice of GPUs allows less; None where there was no choice.
+        assumptions: what was assumed before the problem, in words.
     """
     layers = solution.layers
     slots_per_rank = max(int(np.count_nonzero(layer.shares, axis=0).max()) for layer in layers)
@@ -81,8 +85,13 @@ def assemble_plan(
         share_of_slot=_shares(layers, slots_per_rank),
         cost=tuple(costs),
         memory=_memory(problem, layers),
-        certificate=_certificate(problem, solution, costs),
-        assumptions=(*cluster.assumed, *traffic.assumptions, *_assumptions(problem)),
+        certificate=_certificate(problem, solution, costs, choice_bound_s),
+        assumptions=(
+            *cluster.assumed,
+            *traffic.assumptions,
+            *assumptions,
+            *_assumptions(problem),
+        ),
         reasons=tuple(reasons),
     )
 
@@ -90,7 +99,7 @@ def assemble_plan(
 def _ranks(cluster: Cluster, problem: Problem) -> tuple[Rank, ...]:
     ranks = []
     for number, gpu in enumerate(problem.gpus):
-        assert gpu.profile is not None  # choose_group refuses unknown models
+        assert gpu.profile is not None  # planner.group refuses unknown models
         nics = [cluster.node(name) for name in problem.routes.nics[number]]
         ranks.append(
             Rank(
@@ -205,8 +214,16 @@ def _with_a_replica(problem: Problem, number: int) -> tuple[int, float]:
     )
 
 
-def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost]) -> Certificate:
+def _certificate(
+    problem: Problem,
+    solution: Solution,
+    costs: Sequence[LayerCost],
+    choice_bound_s: float | None,
+) -> Certificate:
     slowest = max(costs, key=lambda cost: cost.total_s)
+    objective = solution.objective_s
+    if choice_bound_s is not None:
+        choice_bound_s = min(choice_bound_s, objective)
     return Certificate(
         status=solution.status,
         objective_s=solution.objective_s,
@@ -220,6 +237,8 @@ def _certificate(problem: Problem, solution: Solution, costs: Sequence[LayerCost
             f"all placements with {_copies(problem)} and at most {problem.experts_per_gpu} "
             f"of a layer on a GPU, on these {problem.num_ranks} GPUs and this traffic"
         ),
+        choice_bound_s=choice_bound_s,
+        choice_gap=None if choice_bound_s is None else (objective - choice_bound_s) / objective,
     )
 
 

@@ -1,6 +1,7 @@
 """A plan as tables for people: where every expert sits, what it costs, how good it provably is."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -8,7 +9,7 @@ from rich.text import Text
 
 from epplan.topologies.units import format_bytes, format_time
 
-from .plan import Plan
+from .plan import Certificate, Plan
 
 _MAX_LAYERS = 8  # columns of the placement table
 _MAX_RANKS = 64
@@ -28,6 +29,48 @@ def explain(plan: Plan, *, every_layer: bool = False) -> RenderableType:
         _certificate(plan),
         *_list("reasons", plan.reasons),
         *_list("assumed", plan.assumptions),
+    ]
+    return Group(*(item for part in parts for item in (part, "")))
+
+
+def explain_groups(plans: Sequence[Plan], files: Sequence[str]) -> RenderableType:
+    """Return a table of EP groups that work side by side, and what holds for all of them.
+
+    Args:
+        plans: the groups' plans.
+        files: where each was written.
+    """
+    first = plans[0]
+    seconds = [plan.certificate.objective_s for plan in plans]
+    slowest = seconds.index(max(seconds))
+    table = Table(
+        title=f"{first.model.name}: {len(plans)} groups, EP={first.world_size}; "
+        f"the slowest is group {slowest}, {format_time(seconds[slowest])} for all MoE layers",
+        title_justify="left",
+    )
+    for heading in ("group", "hosts", "objective", "bound", "gap", "status", "binding", "plan"):
+        right = heading in ("group", "objective", "bound", "gap")
+        table.add_column(heading, justify="right" if right else "left")
+    for number, (plan, file) in enumerate(zip(plans, files, strict=True)):
+        certificate = plan.certificate
+        gpus = Counter(rank.host for rank in plan.ranks)
+        table.add_row(
+            str(number),
+            ", ".join(f"{host} ({count})" for host, count in gpus.items()),
+            format_time(certificate.objective_s),
+            format_time(certificate.bound_s),
+            f"{certificate.gap:.3%}",
+            certificate.status,
+            certificate.binding,
+            file,
+        )
+    choice = _choice(plans[slowest].certificate)
+    lines = [Text(f"slowest group: {name}: {value}") for name, value in choice.items()]
+    parts: list[RenderableType] = [
+        table,
+        *lines,
+        *_list("reasons", first.reasons),
+        *_list("assumed", first.assumptions),
     ]
     return Group(*(item for part in parts for item in (part, "")))
 
@@ -111,6 +154,7 @@ def _certificate(plan: Plan) -> Table:
         "objective": f"{format_time(certificate.objective_s)} for all MoE layers",
         "bound": f"{format_time(certificate.bound_s)}, gap {certificate.gap:.3%}",
         "valid for": certificate.scope,
+        **_choice(certificate),
         "binding": certificate.binding,
         "experts in id order": f"{format_time(certificate.contiguous_s)} ({gain:.2f}x this plan)",
         "found in": f"{certificate.seconds:.2f} s by {certificate.solver}",
@@ -118,6 +162,16 @@ def _certificate(plan: Plan) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _choice(certificate: Certificate) -> dict[str, str]:
+    """Return the line on other GPUs, if there were some to choose."""
+    bound_s, gap = certificate.choice_bound_s, certificate.choice_gap
+    if bound_s is None or gap is None:
+        return {}
+    return {
+        "bound, any GPUs": f"{format_time(bound_s)}, gap {gap:.3%}: as many GPUs of the cluster"
+    }
 
 
 def _list(heading: str, entries: tuple[str, ...]) -> Iterator[Text]:

@@ -91,6 +91,8 @@ class Certificate(_Record):
     contiguous_s: float  # the same traffic with experts in id order
     solver: str
     scope: str  # which problem the bound is proven for
+    choice_bound_s: float | None = None  # the same over all choices of GPUs; None: no choice
+    choice_gap: float | None = None
 
 
 class RankMemory(_Record):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from epplan.errors import InfeasibleError, InputError
+from epplan.errors import InfeasibleError
 from epplan.topologies.graph import Cluster, Gpu
 from epplan.topologies.hardware import hardware
 from epplan.topologies.routes import Routes, find_routes
@@ -88,58 +88,6 @@ class Problem:
         return bool((self.slots_of_gpu < wanted).any())
 
 
-def choose_group(
-    cluster: Cluster, model: ModelSpec, ep: int | None, experts_per_gpu: int, replicas: int = 0
-) -> tuple[tuple[Gpu, ...], str]:
-    """Return the EP group in rank order, and the reason for it.
-
-    Raises:
-        InputError: more GPUs wanted than there are, or GPUs of unknown model.
-        InfeasibleError: the group has fewer slots than experts.
-    """
-    gpus = cluster.gpus()
-    copies = model.num_experts + replicas
-    size = min(len(gpus), copies) if ep is None else ep
-    if size > len(gpus):
-        raise InputError(
-            f"EP={size} needs {size} GPUs, {cluster.name} has {len(gpus)}",
-            hints=[f"take --ep {len(gpus)} or less, or a larger cluster"],
-        )
-    if not gpus:
-        raise InputError(f"{cluster.name} has no GPU to plan for")
-    unknown = [gpu.id for gpu in gpus[:size] if gpu.profile is None]
-    if unknown:
-        raise InputError(
-            f"{cluster.name} does not tell the model of GPUs {', '.join(unknown[:8])}",
-            hints=[f"give it with --gpu MODEL ({', '.join(sorted(hardware().gpus))})"],
-        )
-    if size * experts_per_gpu < copies:
-        needed = -(-copies // experts_per_gpu)
-        what = f"{model.num_experts} experts" + (f" and {replicas} replicas" if replicas else "")
-        raise InfeasibleError(
-            f"{what} a layer do not fit on {size} GPUs with at most "
-            f"{experts_per_gpu} expert{'s' * (experts_per_gpu > 1)} of a layer on a GPU: "
-            f"{size * experts_per_gpu} slots",
-            hints=[
-                f"allow --experts-per-gpu {-(-copies // size)}",
-                f"use {needed} GPUs or more"
-                + (f" (--ep {needed})" if needed <= len(gpus) else f" ({len(gpus)} are there)"),
-                f"plan for {size * experts_per_gpu - replicas} experts or fewer (--experts)",
-            ],
-        )
-    return tuple(gpus[:size]), _group_reason(len(gpus), size, ep)
-
-
-def _group_reason(available: int, size: int, ep: int | None) -> str:
-    if size == available:
-        return f"EP={size}: all GPUs of the cluster"
-    why = "as asked" if ep is not None else "one GPU per expert"
-    return (
-        f"EP={size} ({why}): the first {size} of {available} GPUs in the cluster's order; which "
-        "GPUs form the group was not optimised"
-    )
-
-
 def make_problem(
     cluster: Cluster,
     gpus: tuple[Gpu, ...],
@@ -157,9 +105,8 @@ def make_problem(
     """
     efficiency = hardware().efficiency
     profiles = [gpu.profile for gpu in gpus if gpu.profile is not None]
-    assert len(profiles) == len(gpus)  # choose_group refuses unknown models
-    fixed = _fixed_memory(gpus, model, traffic, experts_per_gpu)
-    free = np.array([_free_bytes(use) for use in fixed])
+    assert len(profiles) == len(gpus)  # planner.group refuses unknown models
+    fixed = fixed_memory(gpus, model, traffic, experts_per_gpu)
     problem = Problem(
         model=model,
         gpus=gpus,
@@ -168,7 +115,7 @@ def make_problem(
         flops_per_s=np.array([profile.flops for profile in profiles]) * efficiency["flops"],
         hbm_bytes_per_s=np.array([profile.hbm for profile in profiles]) * efficiency["hbm"],
         experts_per_gpu=experts_per_gpu,
-        slots_of_gpu=np.maximum(free // model.expert_bytes, 0),
+        slots_of_gpu=slots_left(fixed, model),
         fixed=fixed,
         objective=objective or Objective(),
         replication=replication or Replication(),
@@ -183,7 +130,14 @@ def _free_bytes(use: RankMemory) -> int:
     return use.capacity - use.replicated - use.kv_cache - use.buffers
 
 
-def _fixed_memory(
+def slots_left(fixed: tuple[RankMemory, ...], model: ModelSpec) -> npt.NDArray[np.int64]:
+    """Return how many experts of all layers together fit beside the fixed memory, [ranks]."""
+    free = np.array([_free_bytes(use) for use in fixed])
+    slots: npt.NDArray[np.int64] = np.maximum(free // model.expert_bytes, 0)
+    return slots
+
+
+def fixed_memory(
     gpus: tuple[Gpu, ...], model: ModelSpec, traffic: Traffic, experts_per_gpu: int
 ) -> tuple[RankMemory, ...]:
     """Return every rank's memory before experts; rows are bounded by the hottest experts' rows."""

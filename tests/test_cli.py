@@ -102,6 +102,43 @@ def test_limit_writes_the_plan_and_exits_4(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").exists()
 
 
+def test_groups_write_a_plan_each(tmp_path: Path) -> None:
+    groups = ("--topology", "oversubscribed-leaf-4", "--ep", "8", "--experts", "8", "--groups", "3")
+    done = epplan(*SOLVE, *groups, "-o", "p.json", "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    result = json.loads(done.stdout)
+    assert [group["plan"] for group in result["groups"]] == ["p.0.json", "p.1.json", "p.2.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.0.json", "p.1.json", "p.2.json"]
+    slowest = result["groups"][result["slowest"]]
+    assert result["objective_s"] == slowest["objective_s"]
+    assert result["objective_s"] == max(group["objective_s"] for group in result["groups"])
+    for group in result["groups"]:
+        assert 0 < group["choice_bound_s"] <= group["objective_s"]
+        plan = json.loads((tmp_path / group["plan"]).read_text())
+        assert plan["sha256"] == group["sha256"]
+        assert list(dict.fromkeys(rank["host"] for rank in plan["ranks"])) == group["hosts"]
+        assert "all 3 groups have the same traffic at the same time" in plan["assumptions"]
+    hosts = [host for group in result["groups"] for host in group["hosts"]]
+    assert len(hosts) == len(set(hosts)) == 3
+    table = epplan(*SOLVE, *groups, cwd=tmp_path)
+    assert "3 groups, EP=8; the slowest is group" in table.stdout
+    assert "plan.2.json" in table.stderr
+
+
+def test_choice_of_gpus_is_certified(tmp_path: Path) -> None:
+    larger = (*SOLVE, "--topology", "oversubscribed-leaf-4")
+    result = json.loads(epplan(*larger, "--json", cwd=tmp_path).stdout)
+    assert 0 < result["choice_bound_s"] <= result["objective_s"]
+    assert result["choice_gap"] == pytest.approx(
+        1 - result["choice_bound_s"] / result["objective_s"], abs=1e-9
+    )
+    shown = epplan("explain", "plan.json", cwd=tmp_path).stdout
+    assert "bound, any GPUs" in shown
+    assert "EP=16: 16 of 32 GPUs, " in shown
+    whole = json.loads(epplan(*SOLVE, "--json", cwd=tmp_path).stdout)
+    assert (whole["choice_bound_s"], whole["choice_gap"]) == (None, None)
+
+
 def test_infeasible_exits_3_and_writes_nothing(tmp_path: Path) -> None:
     done = epplan(*SOLVE, "--experts", "32", "--json", cwd=tmp_path)
     assert done.returncode == 3
@@ -122,6 +159,7 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("solve", "--topology", "cpu-16"), 2, "Missing option '--model'"),
     (("solve", "--topology", "cpu-16", "--model", "reference"), 3, "fits on no GPU"),
     ((*SOLVE, "--ep", "17"), 2, "EP=17 needs 17 GPUs, dgx-h100-2 has 16"),
+    ((*SOLVE, "--groups", "3", "--ep", "8"), 2, "3 groups of EP=8 need 24 GPUs"),
     ((*SOLVE, "--gap", "2"), 2, "Invalid value for '--gap'"),
     ((*SOLVE, "-o", "no/where.json"), 2, "folder no does not exist"),
     ((*SOLVE, "--load", "zipf:a"), 2, "load zipf:a is not valid"),

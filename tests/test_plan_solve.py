@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epplan.errors import InfeasibleError, InputError
+from epplan.errors import InfeasibleError
 from epplan.planner.highs import solve as run_highs
-from epplan.planner.problem import Problem, choose_group, even_capacity, make_problem
+from epplan.planner.problem import Problem, even_capacity, make_problem
 from epplan.planner.program import build_program
 from epplan.planner.rows import RowBuilder
 from epplan.planner.search import best_start, contiguous
@@ -172,7 +172,7 @@ def test_time_limit_is_not_called_optimal() -> None:
     """PuLP itself reports a run that stopped at its limit as Optimal."""
     cluster = load_cluster("hgx-h200-2")
     model = tiny_model(128, ffn=64)
-    gpus, _ = choose_group(cluster, model, 16, 8)
+    gpus = tuple(cluster.gpus())
     traffic = make_traffic("lognormal:1,1", model, 16, None, 0)
     problem = make_problem(cluster, gpus, model, traffic, 8)
     solution = solve_placement(
@@ -196,35 +196,10 @@ def test_contiguous_is_even_and_in_order() -> None:
     assert contiguous(4, np.array([1, 1, 1, 1])).tolist() == [0, 1, 2, 3]
 
 
-def test_fewer_slots_than_experts() -> None:
-    with pytest.raises(InfeasibleError) as caught:
-        choose_group(load_cluster("dgx-h100-2"), tiny_model(32), None, 1)
-    assert str(caught.value) == (
-        "32 experts a layer do not fit on 16 GPUs with at most 1 expert of a layer on a GPU: "
-        "16 slots\n"
-        "remedies:\n"
-        "  1. allow --experts-per-gpu 2\n"
-        "  2. use 32 GPUs or more (16 are there)\n"
-        "  3. plan for 16 experts or fewer (--experts)"
-    )
-
-
-def test_more_ranks_than_gpus() -> None:
-    with pytest.raises(InputError, match="EP=17 needs 17 GPUs, dgx-h100-2 has 16"):
-        choose_group(load_cluster("dgx-h100-2"), tiny_model(16), 17, 1)
-
-
-def test_group_of_a_larger_cluster_is_said() -> None:
-    gpus, reason = choose_group(load_cluster("oversubscribed-leaf-4"), tiny_model(16), None, 1)
-    assert [gpu.host for gpu in gpus] == ["o1"] * 8 + ["o2"] * 8
-    assert "the first 16 of 32 GPUs" in reason
-    assert "was not optimised" in reason
-
-
 def test_memory_too_small_says_which_expert_which_gpu_and_how_many_bytes() -> None:
     cluster = load_cluster("mixed-h100-h200")
     model = tiny_model(16, layers=3, ffn=2_000_000)
-    gpus, _ = choose_group(cluster, model, 4, 4)
+    gpus = tuple(cluster.gpus()[:4])
     with pytest.raises(InfeasibleError) as caught:
         make_problem(cluster, gpus, model, make_traffic("uniform", model, 4, 100, 0), 4)
     text = str(caught.value)

@@ -62,6 +62,7 @@ class Routes:
         path_type: index into PATH_TYPES, [G, G].
         latency_s: of a path, without the constant of starting a transfer, [G, G].
         nics: ids of the NICs of every GPU.
+        island: number of every GPU's island, [G].
     """
 
     gpus: tuple[str, ...]
@@ -73,6 +74,7 @@ class Routes:
     path_type: npt.NDArray[np.int8]
     latency_s: Floats
     nics: tuple[tuple[str, ...], ...]
+    island: npt.NDArray[np.intp]
 
     def bytes_per_resource(self, traffic: Floats) -> Floats:
         """Return the bytes on every resource, [R], for `traffic` [G, G] in bytes (from, to)."""
@@ -126,8 +128,15 @@ def _different_rows(matrix: csr_array) -> tuple[list[int], npt.NDArray[np.intp]]
     return first, of_row
 
 
-def find_routes(cluster: Cluster, gpus: Iterable[str] | None = None) -> Routes:
-    """Return the routes between `gpus` (all by default), in that order.
+def find_routes(
+    cluster: Cluster, gpus: Iterable[str] | None = None, *, allow_unreachable: bool = False
+) -> Routes:
+    """Return the routes between `gpus` (all by default), in cluster order.
+
+    Args:
+        cluster: the cluster.
+        gpus: ids.
+        allow_unreachable: leave pairs without a path with path type DIS.
 
     Raises:
         InputError: some GPUs cannot reach each other.
@@ -138,6 +147,8 @@ def find_routes(cluster: Cluster, gpus: Iterable[str] | None = None) -> Routes:
     router.route_planes()
     router.route_hosts()
     router.route_network()
+    if not allow_unreachable:
+        router.check_reachable()
     return router.routes()
 
 
@@ -215,12 +226,7 @@ class _Router:
                         self._add_network_flow(tail, head, under[source], under[destination], share)
 
     def routes(self) -> Routes:
-        """Return the collected routes.
-
-        Raises:
-            InputError: some GPUs cannot reach each other.
-        """
-        self._check_reachable()
+        """Return the collected routes."""
         edges = list(dict.fromkeys((flow.tail, flow.head) for flow in self.flows))
         number = {edge: index for index, edge in enumerate(edges)}
         resources = tuple(
@@ -239,6 +245,7 @@ class _Router:
             path_type=self.path_type,
             latency_s=self.latency,
             nics=tuple(self.nics),
+            island=self.island,
         )
 
     def _port(self, gpu: int, plane: Plane) -> Link:
@@ -297,7 +304,12 @@ class _Router:
             if there:
                 self.flows.append(_Flow(tail, head, _scaled(here, -share), there))
 
-    def _check_reachable(self) -> None:
+    def check_reachable(self) -> None:
+        """Refuse pairs without a path.
+
+        Raises:
+            InputError: some GPUs cannot reach each other.
+        """
         lost = np.argwhere(self.path_type == PATH_TYPES.index("DIS"))
         if not lost.size:
             return

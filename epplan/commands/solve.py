@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 LIMIT_WITH_PLAN = 4
 INTERRUPTED = 130
+_STATUSES = ["optimal", "feasible", "limit"]  # best to worst
 
 
 @click.command()
@@ -29,7 +30,16 @@ INTERRUPTED = 130
     help="Traffic: a counts file (.npz) or uniform, zipf[:s], lognormal[:sigma[,skew]].",
 )
 @click.option("--tokens", type=click.IntRange(1), help="Tokens a rank routes per step.")
-@click.option("--ep", type=click.IntRange(1), help="Ranks of the EP group.")
+@click.option("--ep", type=click.IntRange(1), help="Ranks of an EP group.")
+@click.option(
+    "--groups",
+    "num_groups",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Equal EP groups side by side, a plan file each: plan.0.json, ...",
+)
 @click.option(
     "--experts-per-gpu",
     type=click.IntRange(1),
@@ -102,30 +112,43 @@ def solve(output: Path, as_json: bool, **options: Any) -> int:
       epplan solve --topology dgx-h100-2 --model reference -o plan.json
       epplan solve --topology mixed-h100-h200 --model mixtral-8x7b --load zipf:0.8
       epplan solve --topology hgx-h200-2 --model deepseek-v3 --experts-per-gpu 16
+      epplan solve --topology oversubscribed-leaf-4 --model reference --ep 16 --groups 2
     """
     from epplan.errors import InfeasibleError, InputError
     from epplan.output import print_json, print_tables, talk
-    from epplan.planner.explain import explain
+    from epplan.planner.explain import explain, explain_groups
     from epplan.planner.plan import write_plan
 
     if not output.absolute().parent.is_dir():
         raise InputError(f"{output} cannot be written: folder {output.parent} does not exist")
     try:
-        plan, interrupted = _solve(**options)
+        plans, interrupted = _solve(**options)
     except InfeasibleError as error:
         if as_json:
             print_json(_infeasible(error))
         raise
-    write_plan(output, plan)
+    files = _files(output, len(plans))
+    for file, plan in zip(files, plans, strict=True):
+        write_plan(file, plan)
     if as_json:
-        print_json(_result(plan, output))
+        print_json(_results(plans, files))
     else:
-        print_tables(explain(plan))
-        talk(f"wrote {output} (sha256 {plan.sha256()[:12]})")
+        names = [str(file) for file in files]
+        print_tables(explain(plans[0]) if len(plans) == 1 else explain_groups(plans, names))
+        for file, plan in zip(files, plans, strict=True):
+            talk(f"wrote {file} (sha256 {plan.sha256()[:12]})")
     if interrupted:
         talk("interrupted: the plan is the best found by then, with its true gap")
         return INTERRUPTED
-    return LIMIT_WITH_PLAN if plan.certificate.status == "limit" else 0
+    limit = any(plan.certificate.status == "limit" for plan in plans)
+    return LIMIT_WITH_PLAN if limit else 0
+
+
+def _files(output: Path, number: int) -> list[Path]:
+    """Return the plan file of every group: `plan.json`, or `plan.0.json`, `plan.1.json`, ..."""
+    if number == 1:
+        return [output]
+    return [output.with_suffix(f".{group}{output.suffix}") for group in range(number)]
 
 
 def _solve(
@@ -138,6 +161,7 @@ def _solve(
     load: str,
     tokens: int | None,
     ep: int | None,
+    num_groups: int,
     experts_per_gpu: int,
     replicas: int,
     equal_shares: bool,
@@ -148,46 +172,81 @@ def _solve(
     gap: float,
     time_limit: float,
     seed: int,
-) -> "tuple[Plan, bool]":
-    """Return the plan, and whether Ctrl-C ended the search for a better one."""
+) -> "tuple[list[Plan], bool]":
+    """Return every group's plan, and whether Ctrl-C ended the search for a better one."""
     from epplan.output import talk
     from epplan.planner.assemble import assemble_plan
+    from epplan.planner.group import choose_groups, group_size
     from epplan.planner.model import load_model
     from epplan.planner.objective import Objective
-    from epplan.planner.problem import Replication, choose_group, make_problem
-    from epplan.planner.solve import solve_placement
+    from epplan.planner.problem import Replication, make_problem
+    from epplan.planner.sharing import share_links, sharing_in_words, solve_groups
     from epplan.planner.traffic import make_traffic
     from epplan.topologies.sources import load_cluster
 
     cluster = load_cluster(topology, gpu_model)
     spec = load_model(model).with_overrides(experts=experts, layers=layers, scale=scale)
-    group, reason = choose_group(cluster, spec, ep, experts_per_gpu, replicas)
-    traffic = make_traffic(load, spec, len(group), tokens, seed)
+    size = group_size(cluster, spec, ep, experts_per_gpu, num_groups, replicas)
+    traffic = make_traffic(load, spec, size, tokens, seed)
+    groups = choose_groups(
+        cluster,
+        spec,
+        traffic,
+        experts_per_gpu,
+        num_groups=num_groups,
+        bounded=not (overlap or replicas),
+    )
     objective = Objective(overlap=overlap, worst=worst_windows)
     replication = Replication(
         extra=replicas, equal_shares=equal_shares, survive_hosts=1 if survive else 0
     )
-    problem = make_problem(cluster, group, spec, traffic, experts_per_gpu, objective, replication)
-    solution = solve_placement(
-        problem,
+    alone = [
+        make_problem(cluster, gpus, spec, traffic, experts_per_gpu, objective, replication)
+        for gpus in groups.gpus
+    ]
+    problems = share_links(alone)
+    solutions = solve_groups(
+        problems,
         gap=gap,
         time_limit_s=time_limit,
         seed=seed,
         progress=talk if sys.stderr.isatty() else lambda line: None,
     )
-    reasons = [reason, *(["stopped by Ctrl-C"] if solution.interrupted else [])]
-    plan = assemble_plan(
-        cluster=cluster,
-        problem=problem,
-        traffic=traffic,
-        solution=solution,
-        topology_source=topology,
-        model_source=model,
-        seed=seed,
-        command=shlex.join(["epplan", *sys.argv[1:]]),
-        reasons=reasons,
-    )
-    return plan, solution.interrupted
+    plans = [
+        assemble_plan(
+            cluster=cluster,
+            problem=problem,
+            traffic=traffic,
+            solution=solution,
+            topology_source=topology,
+            model_source=model,
+            seed=seed,
+            command=shlex.join(["epplan", *sys.argv[1:]]),
+            reasons=[groups.reason, *(["stopped by Ctrl-C"] if solution.interrupted else [])],
+            choice_bound_s=groups.bound_s,
+            assumptions=sharing_in_words(alone),
+        )
+        for problem, solution in zip(problems, solutions, strict=True)
+    ]
+    return plans, any(solution.interrupted for solution in solutions)
+
+
+def _results(plans: "list[Plan]", files: list[Path]) -> dict[str, Any]:
+    """Return one plan's result, or all groups' with the slowest group's on top."""
+    results = [_result(plan, file) for plan, file in zip(plans, files, strict=True)]
+    if len(results) == 1:
+        return results[0]
+    slowest = max(range(len(results)), key=lambda group: results[group]["objective_s"])
+    worst = max((result["status"] for result in results), key=_STATUSES.index)
+    return {
+        "status": worst,
+        **{name: results[slowest][name] for name in ("objective_s", "bound_s", "gap")},
+        "slowest": slowest,
+        "groups": [
+            {"hosts": list(dict.fromkeys(rank.host for rank in plan.ranks)), **result}
+            for plan, result in zip(plans, results, strict=True)
+        ],
+    }
 
 
 def _result(plan: "Plan", output: Path) -> dict[str, Any]:
@@ -197,6 +256,8 @@ def _result(plan: "Plan", output: Path) -> dict[str, Any]:
         "objective_s": certificate.objective_s,
         "bound_s": certificate.bound_s,
         "gap": certificate.gap,
+        "choice_bound_s": certificate.choice_bound_s,
+        "choice_gap": certificate.choice_gap,
         "seconds": certificate.seconds,
         "binding": certificate.binding,
         "contiguous_s": certificate.contiguous_s,

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from epplan.errors import InputError
+from epplan.planner.group import choose_groups, group_size
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
-from epplan.planner.problem import choose_group
 from epplan.planner.rebalance import rebalance
 from epplan.planner.traffic import Traffic, make_traffic
 from epplan.topologies.graph import Cluster, Gpu
@@ -104,8 +104,9 @@ def scene_of_cluster(
         InputError: more GPUs than there are, or replicas that do not fill the GPUs' slots.
     """
     per_gpu = -(-(model.num_experts + replicas) // size)
-    gpus, _ = choose_group(cluster, model, size, per_gpu)
+    group_size(cluster, model, size, per_gpu)  # refuses what does not fit
     traffic = make_traffic(load.source, model, size, None, load.seed)
+    gpus = choose_groups(cluster, model, traffic, per_gpu, bounded=False).gpus[0]
     counts = _per_token(traffic, model)
     shares = (
         with_replicas(counts, model, replicas)

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import yaml
 
 from epplan.planner.cost import Phase, Shares, evaluate_layer, one_copy, rows_between_ranks
+from epplan.planner.group import choose_groups, group_size
 from epplan.planner.model import AttentionSpec, ModelSpec, load_model
 from epplan.planner.plan import Plan, read_plan
-from epplan.planner.problem import Problem, choose_group, make_problem
+from epplan.planner.problem import Problem, make_problem
 from epplan.planner.traffic import make_traffic
 from epplan.topologies.sources import load_cluster
 from tests.fork_ranks import fork_ranks
@@ -186,8 +187,9 @@ def prove(
 def load_problem(cluster: Path, model: Path, load: Path, experts_per_gpu: int) -> Problem:
     """Return the problem that `solve` solves."""
     graph, spec = load_cluster(str(cluster)), load_model(str(model))
-    group, _ = choose_group(graph, spec, None, experts_per_gpu)
-    traffic = make_traffic(str(load), spec, len(group), None, 0)
+    size = group_size(graph, spec, None, experts_per_gpu)
+    traffic = make_traffic(str(load), spec, size, None, 0)
+    group = choose_groups(graph, spec, traffic, experts_per_gpu).gpus[0]
     return make_problem(graph, group, spec, traffic, experts_per_gpu)
 
 
