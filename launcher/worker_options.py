@@ -112,6 +112,12 @@ _OPTIONS = (
         help="Of dispatcher padded: room for rows, over the mean rows of an expert.",
     ),
     click.option(
+        "--train/--no-train",
+        default=False,
+        show_default=True,
+        help="Time training steps: forward, backward, gradients added up over ranks; no update.",
+    ),
+    click.option(
         "--trace",
         type=click.Path(path_type=Path),
         help="File for a trace of the last step, to be opened in ui.perfetto.dev.",

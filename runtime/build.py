@@ -34,7 +34,7 @@ def build_model(
         dedup=options.dedup,
         fp8=options.fp8_dispatch,
     )
-    layers = build_layers(plan, rank, weights, options.replicas)
+    layers = build_layers(plan, rank, weights, options.replicas, joined=not options.train)
     return ExpertParallelModel(plan.model, layers, dispatcher, choice.schedule, clock)
 
 

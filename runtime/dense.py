@@ -51,7 +51,6 @@ class DenseRun:
     disagreements: tuple[Disagreement, ...]
 
 
-@torch.inference_mode()
 def run_dense(
     spec: ModelSpec,
     weights: Weights,
@@ -59,12 +58,12 @@ def run_dense(
     experts_LTK: Tensor,
     rounding: torch.dtype,
 ) -> DenseRun:
-    """Run all sequences of all ranks.
+    """Run all sequences of all ranks; differentiable.
 
     Args:
         spec: the model.
         weights: the same weights as the distributed run's.
-        x_BSH: input hidden states; overwritten.
+        x_BSH: input hidden states.
         experts_LTK: the distributed run's choice, followed where it is a tie.
         rounding: the coarsest dtype of the distributed run.
     """
@@ -74,21 +73,29 @@ def run_dense(
     step = attention_step(spec, x_BSH)
     for layer in range(spec.num_layers):
         projections, gain_H = weights.attention(layer), weights.input_norm(layer)
-        for x_1SH in torch.split(x_BSH, 1):  # sequence by sequence: memory stays at one of them
-            h_1SH = rms_norm(x_1SH, gain_H, spec.norm_epsilon)
-            x_1SH += attention(h_1SH, projections, spec.attention, step, layer)
+        outputs = [  # sequence by sequence: what is inside a layer stays at one of them
+            attention(
+                rms_norm(x_1SH, gain_H, spec.norm_epsilon), projections, spec.attention, step, layer
+            )
+            for x_1SH in torch.split(x_BSH, 1)
+        ]
+        x_BSH = x_BSH + torch.cat(outputs)
         if layer in spec.moe_layers:
             experts_TK = experts_LTK[spec.moe_layers.index(layer)]
-            ties, wrong, fingerprints_E = _add_moe(
+            out_BSH, ties, wrong, fingerprints_E = _run_moe(
                 spec, weights, layer, x_BSH, experts_TK, rounding
             )
+            x_BSH = x_BSH + out_BSH
             num_ties += ties
             disagreements += wrong
             fingerprints.append(fingerprints_E)
         else:
             dense, gain_H = weights.dense_mlp(layer), weights.post_attention_norm(layer)
-            for x_1SH in torch.split(x_BSH, 1):
-                x_1SH += mlp(rms_norm(x_1SH, gain_H, spec.norm_epsilon), dense)
+            outputs = [
+                mlp(rms_norm(x_1SH, gain_H, spec.norm_epsilon), dense)
+                for x_1SH in torch.split(x_BSH, 1)
+            ]
+            x_BSH = x_BSH + torch.cat(outputs)
     return DenseRun(
         hidden_BSH=x_BSH,
         fingerprints_LE=torch.stack(fingerprints),
@@ -97,15 +104,15 @@ def run_dense(
     )
 
 
-def _add_moe(
+def _run_moe(
     spec: ModelSpec,
     weights: Weights,
     layer: int,
     x_BSH: Tensor,
     experts_TK: Tensor,
     rounding: torch.dtype,
-) -> tuple[int, list[Disagreement], Tensor]:
-    """Add the MoE output to x_BSH; return ties, disagreements and the experts' fingerprints."""
+) -> tuple[Tensor, int, list[Disagreement], Tensor]:
+    """Return the MoE output, ties, disagreements and the experts' fingerprints."""
     gain_H = weights.post_attention_norm(layer)
     h_TH = rms_norm(x_BSH, gain_H, spec.norm_epsilon).flatten(0, 1)
     logits_TE = router_logits(h_TH, weights.router(layer), weights.router_logit_bias(layer))
@@ -113,7 +120,7 @@ def _add_moe(
     preferences_TE = preferences(scores_TE, weights.router_bias(layer))
     own_TK = choose(preferences_TE, spec.router, spec.top_k)
     num_ties, wrong = _follow_ties(
-        spec, layer, preferences_TE, own_TK, experts_TK.to(own_TK.device), rounding
+        spec, layer, preferences_TE.detach(), own_TK, experts_TK.to(own_TK.device), rounding
     )
     weights_TK = weigh(scores_TE, own_TK, spec.router)
     sum_TH = torch.zeros_like(h_TH, dtype=torch.float32)
@@ -122,13 +129,13 @@ def _add_moe(
         expert = weights.expert(layer, number)
         fingerprints.append(fingerprint(expert))
         tokens, choices = (own_TK == number).nonzero(as_tuple=True)
-        sum_TH[tokens] += mlp(h_TH[tokens], expert) * weights_TK[tokens, choices, None]
+        out_RH = mlp(h_TH[tokens], expert) * weights_TK[tokens, choices, None]
+        sum_TH.index_add_(0, tokens, out_RH)
     out_TH = sum_TH.to(x_BSH.dtype)
     shared = weights.shared_expert(layer)
     if shared is not None:
         out_TH = out_TH + shared_mlp(h_TH, shared, weights.shared_gate(layer))
-    x_BSH += out_TH.view_as(x_BSH)
-    return num_ties, wrong, torch.stack(fingerprints)
+    return out_TH.view_as(x_BSH), num_ties, wrong, torch.stack(fingerprints)
 
 
 def _follow_ties(

@@ -218,5 +218,5 @@ def fingerprint(weights: MlpWeights) -> Tensor:
     Integers add up exactly, so that it is the same on every device.
     """
     words = torch.int32 if weights.up_FH.itemsize == 4 else torch.int16
-    sums = [tensor.view(words).sum(dtype=torch.int64) for tensor in weights.tensors]
+    sums = [tensor.detach().view(words).sum(dtype=torch.int64) for tensor in weights.tensors]
     return torch.stack(sums).sum()

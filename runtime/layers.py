@@ -47,7 +47,12 @@ class Layer:
 
 
 def build_layers(
-    plan: Plan, rank: int, weights: Weights, replicas: ReplicaChoice = "share"
+    plan: Plan,
+    rank: int,
+    weights: Weights,
+    replicas: ReplicaChoice = "share",
+    *,
+    joined: bool = True,
 ) -> list[Layer]:
     """Return all layers of the plan's model with the experts the plan gives to `rank`.
 
@@ -56,15 +61,19 @@ def build_layers(
         rank: this process.
         weights: of all experts.
         replicas: which copy of an expert this rank uses.
+        joined: put tensors that one product can read next to each other in memory; not where each
+            is to have gradients of its own.
     """
     ordinals = {layer: ordinal for ordinal, layer in enumerate(plan.model.moe_layers)}
     return [
         Layer(
             input_norm_H=weights.input_norm(layer),
-            attention=join_projections(weights.attention(layer)),
+            attention=(
+                join_projections(weights.attention(layer)) if joined else weights.attention(layer)
+            ),
             post_attention_norm_H=weights.post_attention_norm(layer),
             feed_forward=(
-                _build_moe(plan, ordinals[layer], rank, weights, replicas)
+                _build_moe(plan, ordinals[layer], rank, weights, replicas, joined)
                 if layer in ordinals
                 else weights.dense_mlp(layer)
             ),
@@ -74,17 +83,23 @@ def build_layers(
 
 
 def _build_moe(
-    plan: Plan, ordinal: int, rank: int, weights: Weights, replicas: ReplicaChoice
+    plan: Plan,
+    ordinal: int,
+    rank: int,
+    weights: Weights,
+    replicas: ReplicaChoice,
+    joined: bool,
 ) -> MoeWeights:
     layer = plan.model.moe_layers[ordinal]
     first = rank * plan.slots_per_rank
     own = plan.expert_of_slot[ordinal][first : first + plan.slots_per_rank]
+    experts = [None if expert is None else weights.expert(layer, expert) for expert in own]
     return MoeWeights(
         router_EH=weights.router(layer),
         logit_bias_E=weights.router_logit_bias(layer),
         bias_E=weights.router_bias(layer),
         replicas=replicas_of_rank(plan, ordinal, rank, replicas, weights.device),
-        experts=stack_experts([None if e is None else weights.expert(layer, e) for e in own]),
+        experts=stack_experts(experts) if joined else tuple(experts),
         shared=weights.shared_expert(layer),
         shared_gate_1H=weights.shared_gate(layer),
     )

@@ -4,20 +4,20 @@ Shapes: B sequences per rank, S positions, H hidden size.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from epplan.files import write_atomically
 from epplan.planner.plan import Plan
 
 from .build import build_model
-from .clock import synchronize
+from .clock import PhaseClock, synchronize
 from .environment import Setting
 from .generate import generate
 from .model import ExpertParallelModel, Step
@@ -28,8 +28,10 @@ from .result import PhaseTime, Result
 from .schedule import Choice, choose
 from .source import CheckpointSource, Source, open_source
 from .trace import trace_text
+from .training import Trainer
 from .upkeep import Upkeep, Upkept
 from .verify import Verification, verify
+from .verify_gradients import verify_gradients
 from .watchdog import At, Watchdog, say_nothing
 
 Gathered = TypeVar("Gathered")
@@ -70,6 +72,8 @@ def run_rank(
     model = build_model(plan, options, choice, source.weights, rank)
     x_BSH = source.hidden(rank)
     at: At = say_nothing if watchdog is None else watchdog.at
+    trainer = Trainer(plan, options, model, rank) if options.train else None
+    run = partial(model.forward if trainer is None else trainer.step, x_BSH)
     with Upkeep(plan, options, model, source.weights, at) as upkeep:
         at("the warm-up step")
         warm_up = model.forward(x_BSH, check_rows=True)  # checks every row's way
@@ -84,7 +88,7 @@ def run_rank(
         )
         steps = progress.remaining(options.steps)
         with upkeep.balancing():
-            timed = _time_steps(model, x_BSH, steps, setting.device, upkeep, progress)
+            timed = _time_steps(run, model.clock, steps, setting.device, upkeep, progress)
         upkept = upkeep.finish()
         timings = _gather(timed.timing, rank, plan.world_size)
         if options.trace is not None:
@@ -94,6 +98,10 @@ def run_rank(
         verification = None
         if options.verify:
             verification = _verify(timed.step, options, model, source, upkeep, at)
+            if trainer is not None:
+                verification = verify_gradients(
+                    verification, trainer, timed.step, plan, source, rank
+                )
         generated = None
         if isinstance(source, CheckpointSource):
             at("the generation of new tokens", limited=False)
@@ -142,8 +150,8 @@ class _Timed:
 
 
 def _time_steps(
-    model: ExpertParallelModel,
-    x_BSH: Tensor,
+    run: Callable[[], Step],
+    clock: PhaseClock,
     steps: range,
     device: torch.device,
     upkeep: Upkeep,
@@ -158,10 +166,10 @@ def _time_steps(
         synchronize(device)
         plan = upkeep.plan
         begin = time.perf_counter()
-        step = model.forward(x_BSH)
+        step = run()
         synchronize(device)
         times.append(time.perf_counter() - begin)
-        phases.append(model.clock.seconds())
+        phases.append(clock.seconds())
         reran += step.reran
         upkeep.after_step(step, times[-1])
         progress.finish(number)
@@ -254,6 +262,11 @@ def _notes(options: Options, choice: Choice, reran: int) -> Iterator[str]:
     ]
     for option in unused:
         yield f"{option} has no effect: no rows travel"
+    if options.train:
+        yield (
+            "training steps: forward, backward, gradients added up over ranks; weights stay as "
+            "they are"
+        )
     if reran:
         yield (
             f"{reran} of {options.steps + 1} steps (with the warm-up) had more rows than the "

@@ -23,6 +23,7 @@ class Options:
     dedup: bool = False
     fp8_dispatch: bool = False
     capacity_factor: float = 1.25
+    train: bool = False
     trace: Path | None = None  # rank 0 writes it
     checkpoint: Path | None = None
     prompt_tokens: str | None = None  # ids, separated by commas

@@ -142,6 +142,10 @@ class _PaddedTransfer(Transfer):
         shape = (sum(self._held), self._channel.world_size, self._capacity, rows_RH.shape[1])
         if len(self._held) == sum(self._held) == 1:
             return rows_RH
+        if not any(self._held):
+            # Joined to the rows, of which there are none: gradients must travel from here too.
+            num_rows = len(self._held) * shape[1] * shape[2]
+            return torch.cat([rows_RH, rows_RH.new_zeros(num_rows, shape[3])])
         blocks = iter(rows_RH.view(shape))
         nothing_WCH = rows_RH.new_zeros(shape[1:])
         by_slot = [next(blocks) if held else nothing_WCH for held in self._held]

@@ -75,7 +75,7 @@ def replicas_of_rank(
     padded = [slots + slots[-1:] * (width - len(slots)) for slots in slots_of_expert]
     return Replicas(
         slot_EC=torch.tensor(padded, device=device),
-        end_EC=torch.tensor(ends, device=device).view(len(ends), width - 1),
+        end_EC=torch.tensor(ends, dtype=torch.int64, device=device).view(len(ends), width - 1),
         next_E=torch.zeros(len(ends), dtype=torch.int64, device=device),
         start=rank * _RANK_STEP % _UNIT,
     )

@@ -28,6 +28,7 @@ _ROWS_OF_AN_EXPERT = 512
 _PADDING_BYTES = 4 << 20
 _ACTIVATION_SHARE = 0.5  # of the memory the plan leaves free
 _SKEW = 2.0  # rows of the busiest rank over the mean, for memory
+_NO_LONGER_DENSE = "gradients could not be compared with the dense model's"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,11 @@ def choose(plan: Plan, options: Options, device: torch.device) -> Choice:
     Raises:
         InputError: what was asked for cannot run this plan.
     """
+    problems = [
+        f"{option}: {reason}" for option, given, reason in _not_in_training(options) if given
+    ]
+    if options.train and problems:
+        raise InputError("--train excludes other options", problems=problems)
     workload = Workload(
         sequences=options.sequences,
         positions=options.positions,
@@ -72,6 +78,19 @@ def choose(plan: Plan, options: Options, device: torch.device) -> Choice:
         dispatcher_reason=reason,
         schedule=choose_schedule(options.micro_batches, plan, workload, dispatcher),
     )
+
+
+def _not_in_training(options: Options) -> list[tuple[str, bool, str]]:
+    return [
+        ("--fp8-dispatch", options.fp8_dispatch, "rounding to 8 bits has no gradient"),
+        (
+            "--rebalance-drift",
+            options.rebalance_drift is not None,
+            "experts would move away from their gradients",
+        ),
+        ("--gating-bias", options.gating_bias is not None, _NO_LONGER_DENSE),
+        ("--drop-beyond", options.drop_beyond is not None, _NO_LONGER_DENSE),
+    ]
 
 
 def choose_dispatcher(

@@ -51,6 +51,7 @@ class Verification:
         return not self.problems
 
 
+@torch.inference_mode()
 def verify(
     step: Step,
     plan: Plan,
@@ -73,7 +74,7 @@ def verify(
     Returns:
         The verdict on rank 0, None on the others.
     """
-    hidden_WBSH = _gather(step.hidden_BSH, rank, plan.world_size)
+    hidden_WBSH = _gather(step.hidden_BSH.detach(), rank, plan.world_size)
     experts_WLTK = _gather(step.experts_LTK, rank, plan.world_size)
     weights, device = source.weights, step.hidden_BSH.device
     fingerprints_WLP = _gather(_fingerprints(layers, device), rank, plan.world_size)

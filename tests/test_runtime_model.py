@@ -24,7 +24,7 @@ from epplan.runtime.result import Result
 from epplan.runtime.router import route
 from epplan.runtime.schedule import choose
 from epplan.runtime.weights import SeededWeights, seeded_hidden
-from tests.fork_ranks import run_ranks
+from tests.fork_ranks import RankError, run_ranks
 from tests.plans import bare_plan
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 
@@ -183,7 +183,7 @@ def run_with_experts_of_another_plan(rank: int, plan: Plan) -> Result | None:
     """Route by `plan`, but hold the experts of a plan with two of them exchanged."""
 
     def swapped_layers(
-        plan: Plan, rank: int, weights: SeededWeights, replicas: ReplicaChoice
+        plan: Plan, rank: int, weights: SeededWeights, replicas: ReplicaChoice, *, joined: bool
     ) -> list[Layer]:
         slots = [list(layer) for layer in plan.expert_of_slot]
         slots[-1][3], slots[-1][4] = slots[-1][4], slots[-1][3]
@@ -254,7 +254,7 @@ def run_with_infinite_output(rank: int, plan: Plan) -> Result | None:
 
 def test_values_that_are_not_finite_are_no_success() -> None:
     one_layer = REFERENCE.with_overrides(layers=1)
-    result = run_plan(make_plan(one_layer, RANKS), run_with_infinite_output)
-    assert result.verified is False
-    assert result.max_abs_error is None
-    assert result.problems == ("outputs hold values that are not finite in torch.float32",)
+    with pytest.raises(
+        RankError, match=r"rank \d+: outputs of expert \d+ of layer 0 are not finite"
+    ):
+        run_plan(make_plan(one_layer, RANKS), run_with_infinite_output)
