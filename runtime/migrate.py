@@ -8,7 +8,8 @@
     in the same way  every rank derives the same schedule from the two tables and follows it at the
                      same points of its program: no rank ever asks another whether it is ready
 
-Extra memory is that of the experts a rank receives in one layer.
+Extra memory is that of the experts a rank receives in one layer; where a layer's experts lie in one
+block, for grouped products, that block is made once more when its table changes.
 
 Traps of others that this avoids: one batch of hundreds of transfers hangs NCCL (SGLang PR 30829),
 ranks that disagree whether a layer is ready wait for ever (vLLM PR 32418).

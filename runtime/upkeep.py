@@ -18,6 +18,7 @@ from epplan.planner.plan import Plan
 
 from .balance import OutputChanges, updated_bias
 from .clock import Place
+from .experts import stack_experts
 from .finite import FiniteCheck
 from .layers import MoeWeights
 from .local import Local
@@ -249,7 +250,9 @@ class Upkeep:
         device = self._weights.device
         replicas = replicas_of_rank(plan, layer, self._rank, self._options.replicas, device)
         moe = self._moe_layers()[layer]
-        self._set_moe(layer, replace(moe, experts=experts, replicas=replicas))
+        # Into one block again, without which grouped products could not be used any more, and the
+        # old block would stay for the experts that stay.
+        self._set_moe(layer, replace(moe, experts=stack_experts(experts), replicas=replicas))
         self._rebalancing.installed(plan)
 
     def _set_moe(self, ordinal: int, moe: MoeWeights) -> None:

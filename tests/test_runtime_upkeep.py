@@ -1,5 +1,10 @@
 """Balancing a real model between its steps: outputs stay, or change only where that is said."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +15,7 @@ import torch.distributed as dist
 
 from epplan.errors import EpplanError, PeerError
 from epplan.planner.model import ModelSpec
-from epplan.planner.plan import Plan
+from epplan.planner.plan import Plan, write_plan
 from epplan.runtime.build import build_model
 from epplan.runtime.environment import Setting
 from epplan.runtime.layers import MoeWeights
@@ -227,3 +232,36 @@ def test_metrics_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
     options = replace(OPTIONS, metrics=tmp_path / "missing" / "file")
     with pytest.raises(RankError, match=r"InputError: --metrics .* cannot be written"):
         result_of(make_plan(MIXTRAL, 4, slots_per_rank=2), options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dispatcher=alltoall", "--gating-bias=0.001", "--drop-beyond=1"],
+        ["--dispatcher=padded", "--micro-batches=2", "--drop-beyond=1"],
+        ["--dispatcher=padded", "--gating-bias=0.001"],
+    ],
+)
+def test_upkeep_on_a_gpu(tmp_path: Path, options: list[str]) -> None:
+    """One rank and NCCL: nothing is on the wrong device, and the windows are written."""
+    plan, windows, result = (tmp_path / name for name in ("plan", "windows", "result"))
+    write_plan(plan, make_plan(QWEN, 1, slots_per_rank=16, num_hosts=1))
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "epplan.runtime.worker", str(plan), "--backend=nccl"),
+            *("--no-identity", "--steps=12", f"--metrics={windows}", f"--result={result}"),
+            *options,
+        ],
+        env={**os.environ, **place},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(result.read_text())["verified"] is True
+    assert len(windows.read_text().splitlines()) == 2
