@@ -1,5 +1,5 @@
 # make demo   sets everything up and runs the main job: solve, launch 16 local ranks, verify
-# make test   sets everything up and runs the tests
+# make test   sets everything up and runs the tests; make test-all those that take their time, too
 # make lint   ruff and mypy;  make format  rewrites
 #
 # PYTHON is any Python 3.11 or newer. TORCH is what pip installs for the runtime; on a machine
@@ -14,7 +14,7 @@ DEMO ?= build/demo
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(READY)
 	@mkdir -p $(DEMO)
@@ -24,6 +24,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -q
+
+test-all: $(READY)
+	$(BIN)/pytest -q --slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ from tests.launch_modules.jobs import make_job, why_no_hosts, write_ssh
 from tests.launch_modules.plans import make_plan
 from tests.launch_modules.running import ROOT
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch")
 # Sorted by name, or with GPUs in order, ranks would be elsewhere.
 HOSTS = {"nodeb": [1, 0], "nodea": [0]}

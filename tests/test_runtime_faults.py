@@ -86,6 +86,7 @@ def test_a_killed_rank(
     assert seconds < 10  # nobody waits for the timeout when a connection breaks
 
 
+@pytest.mark.slow
 def test_a_stopped_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = 0  # the hardest: the store in which the others look stops with it
     fault = "os.kill(os.getpid(), signal.SIGSTOP)"
@@ -97,6 +98,7 @@ def test_a_stopped_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert TIMEOUT_S < seconds < TIMEOUT_S + 10
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error, seconds = failing_launch(folder, monkeypatch, "time.sleep(600)")
     assert re.match(
@@ -252,6 +254,7 @@ def be_rank(rank: int, port: int, message: Path, fault: str) -> None:
         os._exit(code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 2])
 @pytest.mark.parametrize(
     ("fault", "code", "words"),

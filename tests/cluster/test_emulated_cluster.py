@@ -21,6 +21,8 @@ from tests.cluster.measured import write_measured_cluster
 from tests.cluster.namespaces import Emulation, emulate, left_over, namespaces, why_not
 from tests.cluster.proof import Proof, load_problem, prove, rule_counts, solve, write_inputs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FABRIC = UNEVEN.scaled(2)
 TOKENS = 320  # a rank: an all-to-all takes half a second and more

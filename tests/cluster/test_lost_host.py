@@ -24,6 +24,8 @@ from tests.cluster.fabrics import UNEVEN
 from tests.cluster.namespaces import emulate, why_not
 from tests.cluster.proof import rule_counts, write_inputs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FABRIC = UNEVEN.scaled(8)
 LOST = "b"
