@@ -284,7 +284,7 @@ class _Regions:
             outside = np.maximum(self._layer.of_expert - self._inside[high], 0.0)
             others = max(0, num_experts - (self._size - low - 1) * self._per_gpu - 1)
             company = float(np.sort(outside)[:others].sum())
-            speed = float(np.nanmax(self._entering[:, high]))
+            speed = float(np.nanmax(self._entering[:, low + 1 : high + 1]))
             if not speed or not rate:
                 return 0.0  # no way between regions: what is reachable is inside one
             times.append(np.maximum((outside + company) / speed, outside / rate))

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from epplan.topologies.hostlist import fold
 from epplan.topologies.units import format_bytes, format_time
 
 from .plan import Certificate, Plan
@@ -53,10 +54,9 @@ def explain_groups(plans: Sequence[Plan], files: Sequence[str]) -> RenderableTyp
         table.add_column(heading, justify="right" if right else "left")
     for number, (plan, file) in enumerate(zip(plans, files, strict=True)):
         certificate = plan.certificate
-        gpus = Counter(rank.host for rank in plan.ranks)
         table.add_row(
             str(number),
-            ", ".join(f"{host} ({count})" for host, count in gpus.items()),
+            _hosts(plan),
             format_time(certificate.objective_s),
             format_time(certificate.bound_s),
             f"{certificate.gap:.3%}",
@@ -73,6 +73,17 @@ def explain_groups(plans: Sequence[Plan], files: Sequence[str]) -> RenderableTyp
         *_list("assumed", first.assumptions),
     ]
     return Group(*(item for part in parts for item in (part, "")))
+
+
+def _hosts(plan: Plan) -> str:
+    """Return hosts with their number of GPUs: `a[1-4] (8 each), b1 (4)`."""
+    by_count: dict[int, list[str]] = {}
+    for host, count in Counter(rank.host for rank in plan.ranks).items():
+        by_count.setdefault(count, []).append(host)
+    return ", ".join(
+        f"{fold(hosts)} ({count}{' each' if len(hosts) > 1 else ''})"
+        for count, hosts in by_count.items()
+    )
 
 
 def _placement(plan: Plan, layers: int) -> Table:

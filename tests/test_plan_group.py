@@ -15,6 +15,7 @@ from epplan.planner.group import choose_groups, group_size
 from epplan.planner.pool import make_pool
 from epplan.planner.problem import make_problem
 from epplan.planner.sharing import share_links, sharing_in_words, solve_groups
+from epplan.planner.solve import solve_placement
 from epplan.planner.traffic import Floats, make_traffic
 from epplan.topologies.cluster_file import read_cluster_file
 from epplan.topologies.graph import Cluster, Gpu
@@ -67,6 +68,52 @@ def test_no_group_and_no_placement_goes_below_the_bound(
     model = tiny_model(experts, layers=layers, ffn=ffn)
     bound = choice_bound(make_pool(CLUSTERS[name]), model, counts, experts_per_gpu)
     assert 0 < bound <= best * (1 + 1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    hosts=st.sampled_from(
+        [
+            "2x15:h100,nic=15x100Gb/s+2x18:h100,nic=2x25Gb/s",
+            "3x8:h100,nic=4x100Gb/s+2x8:h20,nic=8x25Gb/s,leafs=2,over=4",
+            "6x4:h100,nic=1x100Gb/s,leafs=3,over=8",
+            "4x4:h100,nic=4x100Gb/s+2x16:h200,nic=16x100Gb/s,rails=4,over=2",
+        ]
+    ),
+    experts_per_gpu=st.integers(1, 2),
+    skew=st.sampled_from([0.1, 0.5, 1.5]),
+)
+def test_the_bound_stays_below_any_plan_of_larger_groups(
+    seed: int, hosts: str, experts_per_gpu: int, skew: float
+) -> None:
+    """Where not all can be tried: windows and steps of sizes play no part in tiny clusters."""
+    cluster, size = load_cluster(hosts), 17
+    counts = random_counts(seed, 1, size, size, skew) / 10
+    model, gpus = tiny_model(size), cluster.gpus()
+    bound = choice_bound(make_pool(cluster), model, counts, experts_per_gpu)
+    assert bound > 0
+    random = np.random.default_rng(seed)
+    for chosen in (range(size), range(len(gpus) - size, len(gpus)), random.permutation(len(gpus))):
+        group = tuple(gpus[number] for number in sorted(chosen[:size]))
+        problem = make_problem(cluster, group, model, tiny_traffic(counts), experts_per_gpu)
+        solution = solve_placement(
+            problem, gap=1, time_limit_s=60, seed=0, progress=lambda line: None
+        )
+        assert bound <= solution.objective_s * (1 + 1e-9)
+
+
+def test_the_bound_sees_regions_between_two_steps_of_sizes() -> None:
+    """15 ranks fit a fast host exactly; hosts of 16 are slow; sizes 15 and 16 are one step."""
+    cluster = load_cluster("2x15:h100,nic=15x400Gb/s+1x16:h100,nic=1x25Gb/s")
+    counts = np.zeros((1, 17, 17))
+    counts[0, [0, 14], 0] = 10_000  # expert 0 is asked for by the first and last rank beside it,
+    counts[0, [0, 16], 1:] = 200  # all others by a rank on either host
+    model, group = tiny_model(17), tuple(cluster.gpus()[:17])
+    problem = make_problem(cluster, group, model, tiny_traffic(counts), 1)
+    solution = solve_placement(problem, gap=1, time_limit_s=60, seed=0, progress=lambda line: None)
+    bound = choice_bound(make_pool(cluster), model, counts, 1)
+    assert bound <= solution.objective_s * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

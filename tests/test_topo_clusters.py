@@ -7,7 +7,7 @@ import pytest
 
 from epplan.errors import InputError
 from epplan.topologies.graph import NetworkSwitch, Nic, PcieSwitch
-from epplan.topologies.hostlist import expand
+from epplan.topologies.hostlist import expand, expand_list, fold
 from epplan.topologies.show import summary
 from epplan.topologies.sources import bundled_clusters, load_cluster
 
@@ -35,6 +35,22 @@ def test_bundled_clusters(
 def test_every_bundled_cluster_is_tested() -> None:
     source = Path(__file__).read_text()
     assert [name for name in bundled_clusters() if f'("{name}"' not in source] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        (["a1", "a2", "a3", "b7"], "a[1-3],b7"),
+        (["n08", "n09", "n10"], "n[08-10]"),
+        (["n9", "n10", "n11"], "n9,n[10-11]"),  # a folded range keeps the width of its first
+        (["login", "10.0.0.1", "10.0.0.2"], "login,10.0.0.[1-2]"),
+        (["x2", "x1", "2", "3"], "x2,x1,[2-3]"),
+        ([], ""),
+    ],
+)
+def test_host_names_fold_and_unfold(names: list[str], folded: str) -> None:
+    assert fold(names) == folded
+    assert expand_list(folded) == names
 
 
 def test_host_ranges() -> None:

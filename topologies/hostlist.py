@@ -1,6 +1,7 @@
 """Host ranges in Slurm's notation: `dgx[01-02,7]` is dgx01, dgx02, dgx7."""
 
 import re
+from collections.abc import Sequence
 
 from epplan.errors import InputError
 
@@ -42,6 +43,24 @@ def expand_list(names: str) -> list[str]:
         if len(expanded) > MAX_NAMES:
             raise InputError(f"the host list {names[:40]}... has more than {MAX_NAMES} names")
     return expanded
+
+
+def fold(names: Sequence[str]) -> str:
+    """Return names as a list that `expand_list` undoes: a1, a2, b07 is `a[1-2],b07`."""
+    runs: list[tuple[str, str, str]] = []  # head, first and last number
+    for name in names:
+        head = name.rstrip("0123456789")
+        number = name[len(head) :][-9:]
+        head = name[: len(name) - len(number)]
+        if runs and number and runs[-1][0] == head and runs[-1][2]:
+            _, first, last = runs[-1]
+            if number == str(int(last) + 1).zfill(len(first)) and len(number) == len(first):
+                runs[-1] = head, first, number
+                continue
+        runs.append((head, number, number))
+    return ",".join(
+        head + (first if first == last else f"[{first}-{last}]") for head, first, last in runs
+    )
 
 
 class HostLists:
