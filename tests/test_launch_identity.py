@@ -177,6 +177,7 @@ def test_answers_from_before_a_restart_do_not_count(tmp_path: Path) -> None:
     del store
 
 
+@pytest.mark.slow
 def test_torchrun_asks_again_when_it_restarts(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     write_plan(plan, make_plan({"a": [0, 1]}))

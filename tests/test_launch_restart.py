@@ -105,6 +105,7 @@ def test_a_killed_rank_costs_no_finished_step(tmp_path: Path) -> None:
     launch.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_without_restarts_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     launch = Launch(tmp_path, DIES_ONCE, 2)

@@ -24,6 +24,8 @@ from epplan.runtime.weights import SeededWeights, seeded_hidden
 from epplan.runtime.workload import cache_bytes, step_flops, tensor_bytes
 from tests.runtime_cases import MIXTRAL, QWEN, REFERENCE, make_plan
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -21,6 +21,8 @@ from epplan.runtime.weights import SeededWeights
 from tests.fork_ranks import run_ranks
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 
+pytestmark = pytest.mark.slow
+
 RANKS = 16
 OPTIONS = Options(
     backend="gloo", sequences=2, sequence_length=6, steps=1, seed=0, verify=True, train=True

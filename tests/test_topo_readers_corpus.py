@@ -92,6 +92,7 @@ def test_wrong_files_are_refused_with_the_reason(name: str) -> None:
         load(name)
 
 
+@pytest.mark.slow
 @needs_corpus
 @pytest.mark.parametrize("name", READABLE)
 def test_what_is_read_can_be_shown_and_routed(name: str) -> None:
