@@ -16,11 +16,24 @@ MODULE = "epplan.runtime.bench"
 
 
 @click.command()
-@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("plan", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--calibrate",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Time the GPU at hand, without a plan, and write its profile for `epplan simulate`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @bench_options
 @click.pass_context
-def bench(context: click.Context, /, plan: Path, as_json: bool, **options: Any) -> None:
+def bench(
+    context: click.Context,
+    /,
+    plan: Path | None,
+    calibrate: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Time prefill and decode of PLAN with seeded weights.
 
     All ranks run on this machine, whatever hosts the plan names: on its GPUs where there are
@@ -32,7 +45,10 @@ def bench(context: click.Context, /, plan: Path, as_json: bool, **options: Any) 
       epplan bench plan.json
       epplan bench plan.json --baseline tp8pp2 --no-overlap
       epplan bench plan.json --one-rank 0 --phase decode --sequences 64 --context 128
+      epplan bench --calibrate my-gpu.yaml
     """
+    if (plan is None) == (calibrate is None):
+        raise InputError("give a PLAN to time, or --calibrate FILE to time the GPU, not both")
     chosen = BenchOptions(**options)
     if chosen.baseline is not None and chosen.one_rank is not None:
         raise InputError("--one-rank times a rank of the plan, not of the baseline")
@@ -41,6 +57,12 @@ def bench(context: click.Context, /, plan: Path, as_json: bool, **options: Any) 
             "running a plan needs torch, which is not installed",
             hints=["pip install 'epplan[runtime]'"],
         )
+    if calibrate is not None:
+        from epplan.runtime.calibrate import main
+
+        main.main([f"--output={calibrate}"], standalone_mode=False)
+        return
+    assert plan is not None
     if chosen.one_rank is not None:
         _bench_one_rank(plan, chosen, as_json)
         return
