@@ -84,6 +84,14 @@ _OPTIONS = (
         "--warm-up", type=click.IntRange(1), default=2, show_default=True, help="Steps before."
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs."),
+    click.option(
+        "--router-skew",
+        metavar="SIGMA",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="Seeded routers only: prefer some experts, about as traffic lognormal:SIGMA does.",
+    ),
 )
 
 
@@ -111,6 +119,7 @@ class BenchOptions:
     steps: int
     warm_up: int
     seed: int
+    router_skew: float = 0.0
 
     @property
     def phases(self) -> tuple[str, ...]:

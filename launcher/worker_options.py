@@ -56,6 +56,14 @@ _OPTIONS = (
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs."),
     click.option(
+        "--router-skew",
+        metavar="SIGMA",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="Seeded routers only: prefer some experts, about as traffic lognormal:SIGMA does.",
+    ),
+    click.option(
         "--verify/--no-verify",
         default=True,
         show_default=True,
@@ -156,6 +164,13 @@ _OPTIONS = (
         metavar="FILE",
         type=click.Path(path_type=Path, dir_okay=False),
         help="Append every window to FILE, one JSON object a line.",
+    ),
+    click.option(
+        "--counts",
+        metavar="FILE",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Write who sent how many rows to which expert in the last steps, for `epplan solve "
+        "--load FILE`.",
     ),
     click.option(
         "--metrics-port",

@@ -5,6 +5,7 @@ made from a rule: `uniform`, `zipf[:s]`, `lognormal[:sigma[,skew]]`.
 """
 
 import hashlib
+import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epplan.errors import InputError
+from epplan.files import write_atomically
 
 from .model import ModelSpec
 
@@ -72,6 +74,17 @@ def make_traffic(
             hints=[f"a rule ({RULES}) or the path of a counts file (.npz)"],
         )
     return _from_file(path, model, num_ranks, tokens_per_rank)
+
+
+def write_counts(path: Path, counts: npt.NDArray[np.integer]) -> None:
+    """Write a counts file: integers [windows, layers, source_ranks, experts].
+
+    Raises:
+        InputError: the folder is missing or not writable.
+    """
+    content = io.BytesIO()
+    np.savez_compressed(content, counts=counts)
+    write_atomically(path, content.getvalue())
 
 
 def _from_rule(

@@ -79,12 +79,17 @@ class _AllToAllTransfer(Transfer):
             rows_RH = rows_RH.index_select(0, self._slot_major_R)
         return SlotRows(rows_RH=rows_RH, rows_of_slot=self._arriving_WP.sum(0).tolist())
 
-    def send_back(self, outputs_RH: Tensor) -> None:
-        """Send the outputs in the order in which their rows came."""
+    def take_outputs(self, outputs_RH: Tensor) -> None:
+        """Put the outputs in the order in which their rows came."""
         if self._slot_major_R is not None:
             outputs_RH = outputs_RH.index_select(0, inverse(self._slot_major_R))
+        self._outputs_RH, self._ready = outputs_RH, self._channel.point()
+
+    def send_back(self) -> None:
+        """Send the outputs."""
         self._flight = self._fly("combine", self._receive_rows, self._send_rows)
-        self._flight.start(outputs_RH)
+        self._flight.start(self._outputs_RH, self._ready)
+        del self._outputs_RH
 
     def receive_back(self) -> Tensor:
         """Add up the outputs."""

@@ -24,7 +24,7 @@ from .kv_cache import KvCache
 from .layers import Layer, build_layers
 from .model import ExpertParallelModel
 from .one_rank import OneRank
-from .pipeline import Schedule
+from .pipeline import NO_TURNS, Schedule
 from .pipeline_parallel import Grid, PipelineParallelModel
 from .schedule import Workload, choose_dispatcher, choose_schedule
 from .weights import SeededWeights, seeded_hidden
@@ -51,7 +51,7 @@ def one_rank_job(
     """Return one rank's step with its experts and no transfers."""
     spec, device = weights.spec, weights.device
     parts = options.micro_batches or 1
-    schedule = Schedule(micro_batches=parts, in_flight=1, turns=frozenset(), reason="one rank")
+    schedule = Schedule(micro_batches=parts, in_flight=1, turns=NO_TURNS, reason="one rank")
     clock = PhaseClock(device)
     dispatcher = OneRank()
     model = ExpertParallelModel(spec, layers, dispatcher, schedule, clock)

@@ -17,6 +17,7 @@ class RankRun:
 
     steps_s: list[float]
     parts_s: list[dict[str, float]]  # by step; empty where a graph ran, which has no marks
+    transfers_s: list[dict[str, float]]  # by step: how long rows and counts were under way
     bytes_read: int  # weights and cache, each once
     flop_per_s: float  # ceilings
     bytes_per_s: float
@@ -37,6 +38,7 @@ class PhaseResult:
     tokens_per_s: float
     tpot_s: float | None  # time per output token: decode only
     parts: dict[str, PhaseTime]
+    transfers: dict[str, float]  # seconds under way, by the rank that waits for the others least
     flops_per_rank: float
     bytes_per_rank: float
     gemm_ceiling_flop_per_s: float  # mean over ranks, measured in this run
@@ -101,6 +103,7 @@ def phase_result(
         tokens_per_s=tokens / step_s,
         tpot_s=step_s if phase == "decode" else None,
         parts=_parts(runs),
+        transfers=_transfers(runs),
         flops_per_rank=flops / len(runs),
         bytes_per_rank=bytes_read,
         gemm_ceiling_flop_per_s=gemm,
@@ -143,12 +146,27 @@ def _phase_lines(phase: PhaseResult) -> Iterator[str]:
     if phase.parts:
         parts = (f"{name} {time.mean_s * 1e3:.2f}" for name, time in phase.parts.items())
         yield f"  mean ms by part: {', '.join(parts)}"
+    if phase.transfers:
+        under_way = (f"{name} {seconds * 1e3:.2f}" for name, seconds in phase.transfers.items())
+        yield f"  ms under way: {', '.join(under_way)}"
     yield (
         f"  {phase.gemm_share:.1%} of the product ceiling "
         f"({phase.gemm_ceiling_flop_per_s / 1e12:,.3g} TFLOP/s), "
         f"{phase.copy_share:.1%} of the copy ceiling "
         f"({phase.copy_ceiling_bytes_per_s / 1e9:,.4g} GB/s)"
     )
+
+
+def _transfers(runs: list[RankRun]) -> dict[str, float]:
+    """Return the least over ranks of each transfer's median over steps.
+
+    Whoever comes first also waits for the others; the rank that comes last pays the transfer alone.
+    """
+    names = dict.fromkeys(name for run in runs for step in run.transfers_s for name in step)
+    return {
+        name: min(median(step.get(name, 0.0) for step in run.transfers_s) for run in runs)
+        for name in names
+    }
 
 
 def _parts(runs: list[RankRun]) -> dict[str, PhaseTime]:

@@ -97,6 +97,7 @@ def _time(
 
     times: list[float] = []
     parts: list[dict[str, float]] = []
+    transfers: list[dict[str, float]] = []
     for _ in range(options.warm_up):
         job.step()
     for _ in range(options.steps):
@@ -105,9 +106,11 @@ def _time(
         times.append(device_seconds(steps, device) / job.steps_at_once)
         if job.clock is not None:
             parts.append(job.clock.seconds())
+            transfers.append(job.clock.seconds("communication"))
     return RankRun(
         steps_s=times,
         parts_s=parts,
+        transfers_s=transfers,
         bytes_read=job.bytes_read,
         flop_per_s=ceilings.flop_per_s,
         bytes_per_s=ceilings.bytes_per_s,
@@ -170,4 +173,10 @@ def _phases(options: BenchOptions) -> tuple[Phase, ...]:
 
 
 def _weights(spec: ModelSpec, options: BenchOptions, setting: Setting) -> SeededWeights:
-    return SeededWeights(spec=spec, seed=options.seed, device=setting.device, dtype=setting.dtype)
+    return SeededWeights(
+        spec=spec,
+        seed=options.seed,
+        device=setting.device,
+        dtype=setting.dtype,
+        router_skew=options.router_skew,
+    )

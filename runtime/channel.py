@@ -162,4 +162,6 @@ class Channel:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # Of high priority: otherwise a transfer's few blocks queue behind all blocks of the kernel that
+    # the computation has just launched, and begin when that ends.
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

@@ -75,11 +75,11 @@ class PhaseClock:
         """Note that a transfer has ended, on the current stream."""
         transfer.end = self._now()
 
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of each phase since `start`; waits for the device."""
+    def seconds(self, track: Track = "compute") -> dict[str, float]:
+        """Return the seconds of each phase, or transfer, since `start`; waits for the device."""
         total: dict[str, float] = defaultdict(float)
         for span in self.spans():
-            if span.track == "compute":
+            if span.track == track:
                 total[span.name] += span.end_s - span.begin_s
         return dict(total)
 

@@ -105,8 +105,8 @@ class _DeduplicatedTransfer(Transfer):
         rows_RH = self._wire.read(received_VH, self._dtype).index_select(0, row_R)
         return SlotRows(rows_RH=rows_RH, rows_of_slot=self._arriving_WP.sum(0).tolist())
 
-    def send_back(self, outputs_RH: Tensor) -> None:
-        """Add up the outputs for each row by weight, and send the sums back."""
+    def take_outputs(self, outputs_RH: Tensor) -> None:
+        """Add up the outputs for each row by weight."""
         num_rows, num_choices = sum(self._receive_rows), len(outputs_RH)
         width = min(self._slot_TK.shape[1], self._arriving_WP.shape[1])
         number_R = number_within(self._row_R, count(self._row_R, num_rows))
@@ -115,13 +115,18 @@ class _DeduplicatedTransfer(Transfer):
         choice_VJ = numbers_R.new_full((num_rows * width,), num_choices)
         choice_VJ.scatter_(0, self._row_R * width + number_R, numbers_R)
         weights = torch.cat([self._weight_R, self._weight_R.new_zeros(1)])
-        sums_VH = weighted_sum(
+        self._sums_VH = weighted_sum(
             outputs_RH,
             choice_VJ.clamp(max=max(0, num_choices - 1)).view(num_rows, width),
             weights.index_select(0, choice_VJ).view(num_rows, width),
         )
+        self._ready = self._channel.point()
+
+    def send_back(self) -> None:
+        """Send the sums."""
         self._rows = self._fly("combine", self._receive_rows, self._send_rows)
-        self._rows.start(sums_VH)
+        self._rows.start(self._sums_VH, self._ready)
+        del self._sums_VH
 
     def receive_back(self) -> Tensor:
         """Add up the sums of each token's ranks."""

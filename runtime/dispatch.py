@@ -1,14 +1,15 @@
 """The interface of all dispatchers, and what they share.
 
 A dispatcher makes a transfer for each MoE layer of each micro-batch, and the transfer takes the
-rows to the experts and back in four steps. Between the steps rows are under way, and another
-micro-batch may compute; `begin` and `send` are apart so that the host need not wait for counts
-while the device has nothing queued.
+rows to the experts and back in steps. Between them another micro-batch may compute; `begin` and
+`send` are apart so that the host need not wait for counts while the device has nothing queued, and
+`take_outputs` and `send_back` so that the other's rows can leave before these outputs.
 
-    begin       count and sort rows; counts are under way
-    send        rows are under way
-    receive     rows are here, slot by slot: compute the experts
-    send_back   outputs are under way
+    begin         count and sort rows; counts are under way
+    send          rows are under way
+    receive       rows are here, slot by slot: compute the experts
+    take_outputs  outputs are in the order in which they travel
+    send_back     outputs are under way
     receive_back  outputs are with their tokens
 
 Shapes: T tokens of this rank, K experts per token, N = T x K rows sent, R rows received, W ranks,
@@ -75,8 +76,12 @@ class Transfer(ABC):
         """Return the rows that arrived here, for the experts."""
 
     @abstractmethod
-    def send_back(self, outputs_RH: Tensor) -> None:
-        """Send the experts' outputs, for the rows in the order of `receive`, to their tokens."""
+    def take_outputs(self, outputs_RH: Tensor) -> None:
+        """Take the experts' outputs, for the rows in the order of `receive`."""
+
+    @abstractmethod
+    def send_back(self) -> None:
+        """Send the outputs to their tokens."""
 
     @abstractmethod
     def receive_back(self) -> Tensor:

@@ -52,9 +52,12 @@ class _LocalTransfer(Transfer):
         """Return the rows in the order of their slots."""
         return SlotRows(rows_RH=self._rows_NH, rows_of_slot=self._rows_of_slot)
 
-    def send_back(self, outputs_RH: Tensor) -> None:
+    def take_outputs(self, outputs_RH: Tensor) -> None:
         """Keep the outputs."""
         self._rows_NH = outputs_RH
+
+    def send_back(self) -> None:
+        """Send nothing."""
 
     def receive_back(self) -> Tensor:
         """Add up the outputs."""

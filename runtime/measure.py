@@ -1,9 +1,10 @@
 """Run one rank's part of the model: warm up, time, verify, and put the result together.
 
-Shapes: B sequences per rank, S positions, H hidden size.
+Shapes: B sequences per rank, S positions, H hidden size, L MoE layers, W ranks, E experts.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +13,18 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from epplan.files import write_atomically
 from epplan.planner.plan import Plan
+from epplan.planner.traffic import MAX_WINDOWS, write_counts
 
 from .build import build_model
 from .clock import PhaseClock, synchronize
 from .environment import Setting
 from .generate import generate
 from .model import ExpertParallelModel, Step
-from .monitor import measure_load
+from .monitor import expert_counts, measure_load
 from .options import Options
 from .progress import Progress, open_progress
 from .result import PhaseTime, Result
@@ -64,6 +67,7 @@ def run_rank(
         checkpoint=options.checkpoint,
         prompt=options.prompt,
         seed=options.seed,
+        router_skew=options.router_skew,
         sequences=options.sequences,
         positions=options.positions,
         rank=rank,
@@ -91,6 +95,8 @@ def run_rank(
             timed = _time_steps(run, model.clock, steps, setting.device, upkeep, progress)
         upkept = upkeep.finish()
         timings = _gather(timed.timing, rank, plan.world_size)
+        if options.counts is not None and rank == 0:
+            write_counts(options.counts, torch.stack(timed.counts_LWE).numpy())
         if options.trace is not None:
             spans = _gather(model.clock.spans(), rank, plan.world_size)
             if spans is not None:
@@ -142,9 +148,10 @@ def _verify(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Timed:
-    """The last step, the plan it used, and the time of each."""
+    """The last step, the plan it used, the rows of the last steps, and the time of each."""
 
     step: Step
+    counts_LWE: list[Tensor]
     plan: Plan
     timing: RankTiming
 
@@ -159,6 +166,7 @@ def _time_steps(
 ) -> _Timed:
     times: list[float] = []
     phases: list[dict[str, float]] = []
+    counts_LWE: deque[Tensor] = deque(maxlen=MAX_WINDOWS)
     reran = 0
     for number in steps:
         upkeep.before_step()
@@ -172,9 +180,10 @@ def _time_steps(
         phases.append(clock.seconds())
         reran += step.reran
         upkeep.after_step(step, times[-1])
+        counts_LWE.append(expert_counts(plan, step.counts_LWWP))
         progress.finish(number)
     timing = RankTiming(steps=times, phases=phases, reran=reran)
-    return _Timed(step=step, plan=plan, timing=timing)
+    return _Timed(step=step, counts_LWE=list(counts_LWE), plan=plan, timing=timing)
 
 
 def _gather(own: Gathered, rank: int, world_size: int) -> list[Gathered] | None:

@@ -169,6 +169,8 @@ class ExpertParallelModel:
             if len(x_BSH):  # an empty micro-batch has no attention: CUDA's would return None for it
                 out_BSH = attention(h_BSH, layer.attention, spec.attention, step, index)
             self.clock.mark("attention", place)
+            if isinstance(layer.feed_forward, MoeWeights):
+                yield "attended"
             gain_H = layer.post_attention_norm_H
             x_BSH, h_BSH = add_rms_norm(x_BSH, out_BSH, gain_H, spec.norm_epsilon)
             if self.hooks.finite is not None:
@@ -232,9 +234,11 @@ class ExpertParallelModel:
         if self.hooks.finite is not None:
             self.hooks.finite.experts(place.layer, outputs_RH, rows.rows_of_slot)
         self.clock.mark("experts", place)
-        transfer.send_back(outputs_RH)
+        transfer.take_outputs(outputs_RH)
         self.clock.mark("combine", place)
         del rows, outputs_RH
+        yield "computed"
+        transfer.send_back()
         shared_TH = None
         if weights.shared is not None:
             shared_TH = shared_mlp(h_TH, weights.shared, weights.shared_gate_1H)

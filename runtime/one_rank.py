@@ -46,9 +46,12 @@ class _OneRankTransfer(Transfer):
         rows_of_slot = [next(shares) if is_held else 0 for is_held in self._held]
         return SlotRows(rows_RH=self._rows_NH, rows_of_slot=rows_of_slot)
 
-    def send_back(self, outputs_RH: Tensor) -> None:
+    def take_outputs(self, outputs_RH: Tensor) -> None:
         """Keep the outputs."""
         self._rows_NH = outputs_RH
+
+    def send_back(self) -> None:
+        """Send nothing."""
 
     def receive_back(self) -> Tensor:
         """Add up the outputs."""

@@ -16,6 +16,7 @@ class Options:
     steps: int
     seed: int
     verify: bool
+    router_skew: float = 0.0  # standard deviation of seeded routers' preferences
     timeout: float = 600.0  # seconds
     dispatcher: str = "auto"
     micro_batches: int | None = None  # None: chosen
@@ -31,6 +32,7 @@ class Options:
     progress: Path | None = None  # rank 0's file of finished steps
     window: int = 10  # steps
     metrics: Path | None = None  # rank 0 writes it
+    counts: Path | None = None  # rank 0 writes it
     metrics_port: int | None = None  # rank 0 listens there
     rebalance_drift: float | None = None  # None: experts stay where they are
     gating_bias: float | None = None  # changes outputs

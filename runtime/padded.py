@@ -109,10 +109,15 @@ class _PaddedTransfer(Transfer):
         rows_of_slot = [rows * held for held in self._held]
         return SlotRows(rows_RH=self._by_slot(rows_RH), rows_of_slot=rows_of_slot)
 
-    def send_back(self, outputs_RH: Tensor) -> None:
-        """Send the outputs of all places back."""
+    def take_outputs(self, outputs_RH: Tensor) -> None:
+        """Put the outputs of all places in the order in which their rows came."""
+        self._outputs_RH, self._ready = self._by_source(outputs_RH), self._channel.point()
+
+    def send_back(self) -> None:
+        """Send the outputs of all places."""
         self._flight = self._fly("combine")
-        self._flight.start(self._by_source(outputs_RH))
+        self._flight.start(self._outputs_RH, self._ready)
+        del self._outputs_RH
 
     def receive_back(self) -> Tensor:
         """Add up the outputs."""

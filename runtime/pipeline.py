@@ -10,25 +10,55 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar
 
-# Where a micro-batch yields in a MoE layer: its counts, its rows, or its outputs are under way.
-Point = Literal["counted", "sent", "returned"]
+# Where a micro-batch yields in a MoE layer: its attention is queued, its counts are under way, its
+# rows are, its experts are queued, its outputs are under way.
+Point = Literal["attended", "counted", "sent", "computed", "returned"]
+Turns = tuple[frozenset[Point], ...]
 Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How the sequences of a step are split, and when micro-batches take turns."""
+    """How the sequences of a step are split, and when micro-batches take turns.
+
+    Attributes:
+        micro_batches: parts of a step.
+        in_flight: at a time; memory is for so many.
+        turns: where micro-batch n lets the other one run: the points of `turns[n % len(turns)]`.
+        reason: why so many.
+    """
 
     micro_batches: int
-    in_flight: int  # at a time; memory is for so many
-    turns: frozenset[Point]
+    in_flight: int
+    turns: Turns
     reason: str
+
+
+# One micro-batch after the other.
+NO_TURNS: Turns = (frozenset(),)
+
+# With gloo the computation itself is what runs between start and end of a transfer.
+CPU_TURNS: Turns = (frozenset({"sent", "returned"}),)
+
+# On a GPU computation and transfers are a queue each, and nothing overtakes in a queue. The host
+# queues ahead, but must read a micro-batch's counts before it can send its rows, and what it must
+# not do is wait for them with nothing queued. Two that yield at different points make these queues:
+#
+#     computation  attention0  attention1  experts0  experts1  attention0  ...
+#     transfers          counts0  rows0  counts1  rows1  outputs0  outputs1  counts0  ...
+#
+# Were both to yield at the same points, counts1 would stand before rows0, which could then leave
+# only once attention1 had ended; or outputs0 before rows1, and those only after experts0.
+GPU_TURNS: Turns = (
+    frozenset({"counted", "sent", "computed", "returned"}),
+    frozenset({"attended", "counted", "computed", "returned"}),
+)
 
 
 def take_turns(
     batches: Iterable[Generator[Point, None, Outcome]], schedule: Schedule
 ) -> list[Outcome]:
-    """Run micro-batches to their ends; the next one begins when one ends.
+    """Run micro-batches to their ends; the next one begins in the place of one that ends.
 
     Returns:
         What each returned, in their order.
@@ -39,11 +69,11 @@ def take_turns(
     while flying:
         number, batch = flying.popleft()
         try:
-            while next(batch) not in schedule.turns:
+            while next(batch) not in schedule.turns[number % len(schedule.turns)]:
                 pass
         except StopIteration as end:
             outcomes[number] = end.value
-            flying.extend(islice(waiting, 1))
+            flying.extendleft(islice(waiting, 1))
         else:
             flying.append((number, batch))
     return [outcomes[number] for number in range(len(outcomes))]

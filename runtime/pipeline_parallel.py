@@ -35,7 +35,7 @@ from .workload import tensor_bytes
 _TURNS = Schedule(
     micro_batches=2,
     in_flight=2,
-    turns=frozenset({"sent"}),
+    turns=(frozenset({"sent"}),),
     reason="one computes while the other's sums and hidden states are under way",
 )
 _ALONE = replace(_TURNS, micro_batches=1, in_flight=1, reason="nothing overlaps")

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
 from epplan.planner.plan import Plan, read_plan, write_plan
+from epplan.planner.traffic import write_counts
 
 from .migrate import Migration, Moved
 from .monitor import Monitor, Window
@@ -135,7 +135,7 @@ class _Question:
         folder = Path(self._folder.name)
         self._answer = folder / "next.json"
         write_plan(folder / "plan.json", plan)
-        np.savez(folder / "counts.npz", counts=counts_LWE[None].numpy())
+        write_counts(folder / "counts.npz", counts_LWE[None].numpy())
         command = [
             *(sys.executable, "-m", "epplan", "rebalance", str(folder / "plan.json")),
             *("--counts", str(folder / "counts.npz"), "-o", str(self._answer), "--json"),

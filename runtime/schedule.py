@@ -15,7 +15,7 @@ from epplan.planner.plan import Plan
 from .dispatch import DispatcherKind
 from .options import Options
 from .padded import capacity_for
-from .pipeline import Point, Schedule
+from .pipeline import CPU_TURNS, GPU_TURNS, Schedule
 from .replicas import ReplicaChoice, all_local
 
 _IN_FLIGHT = 2  # one computes while the other's rows travel
@@ -141,14 +141,7 @@ def choose_schedule(
     asked: int | None, plan: Plan, workload: Workload, dispatcher: DispatcherKind
 ) -> Schedule:
     """Return the schedule; `asked` is the number of micro-batches, None to choose it."""
-    # On a GPU the host queues a transfer and goes on, and what it must not do is wait for counts
-    # with nothing queued: the other micro-batch's attention goes in between. With gloo the
-    # computation itself is what runs between start and end of a transfer.
-    turns: frozenset[Point] = (
-        frozenset({"counted", "returned"})
-        if workload.device_type == "cuda"
-        else frozenset({"sent", "returned"})
-    )
+    turns = GPU_TURNS if workload.device_type == "cuda" else CPU_TURNS
     number, reason = (
         (asked, "asked for")
         if asked is not None

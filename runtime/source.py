@@ -94,6 +94,7 @@ def open_source(
     checkpoint: Path | None,
     prompt: Sequence[int],
     seed: int,
+    router_skew: float = 0.0,
     sequences: int,
     positions: int,
     rank: int,
@@ -106,6 +107,7 @@ def open_source(
         checkpoint: a folder; None: weights and inputs are seeded.
         prompt: token ids every sequence consists of; empty: seeded tokens.
         seed: of what is seeded.
+        router_skew: of seeded routers.
         sequences: per rank.
         positions: of a sequence.
         rank: this process; rank 0 checks all tensors for the others.
@@ -116,8 +118,19 @@ def open_source(
     if checkpoint is None:
         if prompt:
             raise InputError("--prompt-tokens needs --checkpoint: seeded models have no words")
-        weights = SeededWeights(spec=spec, seed=seed, device=setting.device, dtype=setting.dtype)
+        weights = SeededWeights(
+            spec=spec,
+            seed=seed,
+            device=setting.device,
+            dtype=setting.dtype,
+            router_skew=router_skew,
+        )
         return SeededSource(weights=weights, sequences=sequences, positions=positions)
+    if router_skew:
+        raise InputError(
+            f"--router-skew is {router_skew:g}, but a checkpoint has routers of its own",
+            hints=["leave out --router-skew or --checkpoint"],
+        )
     beyond = [token for token in prompt if token >= spec.vocab_size]
     if beyond:
         raise InputError(

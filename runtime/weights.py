@@ -98,6 +98,7 @@ class SeededWeights:
     seed: int
     device: torch.device
     dtype: torch.dtype
+    router_skew: float = 0.0  # standard deviation of what logits prefer experts by
 
     def embedding(self) -> Tensor:
         """Return embedding_VH of unit variance."""
@@ -142,11 +143,16 @@ class SeededWeights:
         return self._seeded(layer, "router", shape, std, torch.float32)
 
     def router_logit_bias(self, layer: int) -> Tensor | None:
-        """Return bias_E, float32, for models whose router's projection has one."""
-        if not self.spec.router.logit_bias:
+        """Return bias_E, float32, for models whose router's projection has one, and for skew.
+
+        Of a token's experts by `softmax(logits)` one with bias b has exp(b) times the chances:
+        normal biases make lognormal popularity.
+        """
+        std = self.router_skew or (_BIAS_STD if self.spec.router.logit_bias else 0.0)
+        if not std:
             return None
         shape = (self.spec.num_experts,)
-        return self._seeded(layer, "router_logit_bias", shape, _BIAS_STD, torch.float32)
+        return self._seeded(layer, "router_logit_bias", shape, std, torch.float32)
 
     def router_bias(self, layer: int) -> Tensor | None:
         """Return bias_E, float32, for models with a correction bias."""

@@ -1,15 +1,19 @@
 """NVML played from a file of replies, and a /sys tree made by hand.
 
+    python -m tests.nvml_replies > replies.json     # record this machine's, without its UUIDs
+
 A file holds what every GPU answers (`every_gpu`), what single ones answer instead (`gpus`), and
 links by range: {"0-17": {...}}. A question it does not name is refused as `Not Supported`.
 """
 
 import json
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from epplan.topologies.live.host_file import Reading, Refusal
+from epplan.topologies.live.nvml import GPU_SOURCES, LINK_SOURCES, MAX_LINKS, Nvml, open_nvml
 
 DATA = Path(__file__).parent / "data"
 
@@ -39,6 +43,28 @@ class Replies:
                 if int(first) <= link <= int(last or first):
                     return _reading(replies.get(question, {"refused": "Not Supported"}))
         return Refusal(refused="Invalid Argument")
+
+
+def record(nvml: Nvml) -> dict[str, Any]:
+    """Return this machine's replies as such a file's document, with made-up UUIDs."""
+    gpus = []
+    for gpu in range(nvml.gpu_count()):
+        replies = {question: _value(nvml.ask_gpu(gpu, question)) for question in GPU_SOURCES}
+        replies["uuid"] = f"GPU-00000000-0000-0000-0000-{gpu:012}"
+        links = [
+            {question: _value(nvml.ask_link(gpu, link, question)) for question in LINK_SOURCES}
+            for link in range(MAX_LINKS)
+        ]
+        ranges = {}
+        for _, alike in groupby(range(MAX_LINKS), key=lambda link: json.dumps(links[link])):
+            numbers = list(alike)
+            ranges[f"{numbers[0]}-{numbers[-1]}"] = links[numbers[0]]
+        gpus.append({"replies": replies, "links": ranges})
+    return {"driver_version": _value(nvml.driver_version()), "gpus": gpus}
+
+
+def _value(reading: Reading) -> Any:
+    return reading.model_dump() if isinstance(reading, Refusal) else reading
 
 
 def _reading(value: Any) -> Reading:
@@ -156,3 +182,13 @@ def hgx(root: Path, host: int = 0) -> FakeSys:
         )
         sys.rdma(f"mlx5_{index}", nic, f"b8ce:f603:{host:04x}:000{index}")
     return sys
+
+
+def main() -> None:
+    """Print this machine's replies."""
+    with open_nvml() as nvml:
+        print(json.dumps(record(nvml), indent=1))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

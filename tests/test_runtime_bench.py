@@ -19,7 +19,7 @@ from epplan.runtime.filled_cache import filled_cache
 from epplan.runtime.layers import build_layers
 from epplan.runtime.model import ExpertParallelModel
 from epplan.runtime.one_rank import OneRank
-from epplan.runtime.pipeline import Schedule
+from epplan.runtime.pipeline import NO_TURNS, Schedule
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 from epplan.runtime.workload import cache_bytes, step_flops, tensor_bytes
 from tests.runtime_cases import MIXTRAL, QWEN, REFERENCE, make_plan
@@ -114,7 +114,7 @@ def test_flops_are_those_torch_counts(spec: ModelSpec) -> None:
     layers = build_layers(
         make_plan(spec, 1, slots_per_rank=spec.num_experts, num_hosts=1), 0, weights
     )
-    schedule = Schedule(micro_batches=1, in_flight=1, turns=frozenset(), reason="test")
+    schedule = Schedule(micro_batches=1, in_flight=1, turns=NO_TURNS, reason="test")
     model = ExpertParallelModel(spec, layers, OneRank(), schedule, PhaseClock(CPU))
     cache = filled_cache(
         spec.attention,
@@ -154,6 +154,7 @@ def test_the_slowest_rank_sets_the_step() -> None:
         RankRun(
             steps_s=steps,
             parts_s=[{"attention": 1.0, "experts": part} for part in parts],
+            transfers_s=[{"dispatch": part / 8} for part in parts],
             bytes_read=100,
             flop_per_s=1000.0,
             bytes_per_s=500.0,
@@ -168,5 +169,6 @@ def test_the_slowest_rank_sets_the_step() -> None:
     assert result.tokens_per_s == pytest.approx(8 / 3)
     assert result.parts["experts"].mean_s == 3.0
     assert result.parts["experts"].max_s == 4.0
+    assert result.transfers == {"dispatch": 0.25}  # the other rank waited for this one
     assert result.gemm_share == pytest.approx(300 / 3 / 1000)
     assert result.copy_share == pytest.approx(100 / 3 / 500)

@@ -15,7 +15,7 @@ from epplan.runtime.layers import build_layers
 from epplan.runtime.model import ExpertParallelModel
 from epplan.runtime.one_rank import OneRank
 from epplan.runtime.order import weighted_sum
-from epplan.runtime.pipeline import Schedule
+from epplan.runtime.pipeline import NO_TURNS, Schedule
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 from tests.runtime_cases import REFERENCE, make_plan
 
@@ -57,7 +57,7 @@ def test_joined_projections_are_one_product() -> None:
 
 def make_step(device: torch.device) -> tuple[ExpertParallelModel, Tensor]:
     weights = SeededWeights(spec=WIDE, seed=0, device=device, dtype=torch.float16)
-    schedule = Schedule(micro_batches=1, in_flight=1, turns=frozenset(), reason="test")
+    schedule = Schedule(micro_batches=1, in_flight=1, turns=NO_TURNS, reason="test")
     layers = build_layers(make_plan(WIDE, 4), 1, weights)
     model = ExpertParallelModel(WIDE, layers, OneRank(), schedule, PhaseClock(device))
     shape = (SEQUENCES, 1, WIDE.hidden_size)

@@ -94,7 +94,8 @@ def through(dispatcher: Dispatcher, routed: Routed) -> tuple[Tensor, int, Tensor
     rows = transfer.receive()
     factors = torch.arange(slots_per_rank) + dispatcher.channel.rank * slots_per_rank + 1
     factor_R = factors.repeat_interleave(torch.tensor(rows.rows_of_slot))
-    transfer.send_back(rows.rows_RH * factor_R[:, None])
+    transfer.take_outputs(rows.rows_RH * factor_R[:, None])
+    transfer.send_back()
     out_TH = transfer.receive_back()
     counts = gather_counts(dispatcher.channel, [transfer.counts], PLACE)[0]
     return out_TH, len(rows.rows_RH), counts

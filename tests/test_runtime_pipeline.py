@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Generator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +15,95 @@ from epplan.planner.plan import Plan, RankMemory
 from epplan.runtime.environment import Setting
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
-from epplan.runtime.pipeline import Point, Schedule, take_turns
+from epplan.runtime.pipeline import CPU_TURNS, GPU_TURNS, Point, Schedule, Turns, take_turns
 from epplan.runtime.schedule import Workload, choose_dispatcher, choose_schedule
 from tests.fork_ranks import run_ranks
 from tests.plans import bare_plan
 from tests.runtime_cases import MIXTRAL, REFERENCE, make_plan
 
-POINTS: list[Point] = ["counted", "sent", "returned"]
+POINTS: list[Point] = ["attended", "counted", "sent", "computed", "returned"]
 
 
-def turns(number: int, in_flight: int, at: set[Point]) -> tuple[list[str], list[int]]:
+def run_turns(number: int, in_flight: int, turns: Turns) -> tuple[list[str], list[int]]:
     """Return the order in which two layers of `number` micro-batches run, and the outcomes."""
     log: list[str] = []
 
     def batch(name: str) -> Generator[Point, None, int]:
         for layer in "01":
             for point in POINTS:
-                log.append(name + layer + point[0])
+                log.append(name + layer + point[:2])
                 yield point
         log.append(name + "end")
         return ord(name)
 
-    schedule = Schedule(
-        micro_batches=number, in_flight=in_flight, turns=frozenset(at), reason="test"
-    )
-    return log, take_turns((batch(name) for name in "ABC"[:number]), schedule)
+    schedule = Schedule(micro_batches=number, in_flight=in_flight, turns=turns, reason="test")
+    return log, take_turns((batch(name) for name in "ABCD"[:number]), schedule)
 
 
 def test_alone_is_a_plain_loop() -> None:
-    log, outcomes = turns(1, 1, set(POINTS))
-    assert log == ["A0c", "A0s", "A0r", "A1c", "A1s", "A1r", "Aend"]
+    log, outcomes = run_turns(1, 1, (frozenset(POINTS),))
+    points = ["at", "co", "se", "co", "re"]
+    assert log == [*(f"A0{point}" for point in points), *(f"A1{point}" for point in points), "Aend"]
     assert outcomes == [ord("A")]
-
-
-def test_turns_on_a_gpu() -> None:
-    """Counts of one micro-batch are read once the attention of the other is queued."""
-    log, outcomes = turns(2, 2, {"counted", "returned"})
-    assert log == [
-        *["A0c", "B0c", "A0s", "A0r", "B0s", "B0r"],
-        *["A1c", "B1c", "A1s", "A1r", "B1s", "B1r", "Aend", "Bend"],
-    ]
-    assert outcomes == [ord("A"), ord("B")]
 
 
 def test_turns_with_gloo() -> None:
     """Rows of one micro-batch travel while the other computes."""
-    log, _ = turns(2, 2, {"sent", "returned"})
-    assert log == [
-        *["A0c", "A0s", "B0c", "B0s", "A0r", "B0r"],
-        *["A1c", "A1s", "B1c", "B1s", "A1r", "B1r", "Aend", "Bend"],
+    log, outcomes = run_turns(2, 2, CPU_TURNS)
+    assert [entry for entry in log if entry[2:] in ("se", "re", "d")] == [
+        *["A0se", "B0se", "A0re", "B0re", "A1se", "B1se", "A1re", "B1re"],
     ]
+    assert outcomes == [ord("A"), ord("B")]
 
 
-def test_the_next_begins_when_one_ends() -> None:
-    log, outcomes = turns(3, 2, {"returned"})
-    assert [entry for entry in log if entry[1] == "e" or entry[2] == "c"] == [
-        *["A0c", "B0c", "A1c", "B1c", "Aend", "Bend", "C0c", "C1c", "Cend"],
+def test_the_next_begins_where_one_ends() -> None:
+    log, outcomes = run_turns(3, 2, (frozenset({"returned"}),))
+    assert [entry for entry in log if entry[1:] == "end" or entry[2:] == "at"] == [
+        *["A0at", "B0at", "A1at", "B1at", "Aend", "C0at", "Bend", "C1at", "Cend"],
     ]
     assert outcomes == [ord(name) for name in "ABC"]
+
+
+@dataclass
+class Queues:
+    """What a host puts into the two queues of a GPU, and what it waits for meanwhile."""
+
+    computation: list[str] = field(default_factory=list)
+    transfers: list[str] = field(default_factory=list)
+    read: list[tuple[str, list[str]]] = field(default_factory=list)  # counts, still queued behind
+
+    def micro_batch(self, name: str, layers: int) -> Generator[Point, None, None]:
+        """Queue what the model does, point by point."""
+        for layer in range(layers):
+            self.computation.append(f"attention{name}{layer}")
+            yield "attended"
+            self.transfers.append(f"counts{name}{layer}")
+            yield "counted"
+            at = self.computation.index(f"attention{name}{layer}")
+            self.read.append((f"{name}{layer}", self.computation[at + 1 :]))
+            self.transfers.append(f"rows{name}{layer}")
+            yield "sent"
+            self.computation.append(f"experts{name}{layer}")
+            yield "computed"
+            self.transfers.append(f"outputs{name}{layer}")
+            yield "returned"
+
+
+def test_no_transfer_on_a_gpu_stands_behind_what_it_should_hide_under() -> None:
+    queues = Queues()
+    schedule = Schedule(micro_batches=4, in_flight=2, turns=GPU_TURNS, reason="test")
+    take_turns((queues.micro_batch(name, layers=2) for name in "ABCD"), schedule)
+    expected = [
+        *["countsA0", "rowsA0", "countsB0", "rowsB0", "outputsA0", "outputsB0"],
+        *["countsA1", "rowsA1", "countsB1", "rowsB1", "outputsA1", "outputsB1"],
+    ]
+    assert queues.transfers[:12] == expected
+    assert queues.transfers[12:] == [
+        entry.translate(str.maketrans("AB", "CD")) for entry in expected
+    ]
+    assert queues.computation[:4] == ["attentionA0", "attentionB0", "expertsA0", "expertsB0"]
+    # The host never waits for counts with nothing queued behind them.
+    assert all(queued for _, queued in queues.read)
 
 
 OPTIONS = Options(
@@ -180,14 +211,14 @@ def test_micro_batches_by_size(sequences: int, positions: int, number: int, reas
     assert schedule.micro_batches == number
     assert schedule.reason.startswith(reason)
     assert schedule.in_flight == min(2, number)
-    assert schedule.turns == {"counted", "returned"}
+    assert schedule.turns == GPU_TURNS
 
 
 def test_micro_batches_elsewhere() -> None:
     plan = reference_plan()
     cpu = choose_schedule(None, plan, workload(64, 10_000, "cpu"), "alltoall")
     assert cpu.micro_batches == 1
-    assert cpu.turns == {"sent", "returned"}
+    assert cpu.turns == CPU_TURNS
     assert cpu.reason == "on a CPU transfers and computation share the cores"
     local = choose_schedule(None, plan, workload(4, 1000), "local")
     assert (local.micro_batches, local.reason) == (1, "no transfers to hide")

@@ -93,10 +93,6 @@ def test_equals_the_dense_model(spec: ModelSpec, tmp_path: Path) -> None:
         assert (tmp_path / "trace.json").stat().st_size > 1000
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="on one H200 rows left when the other attention had ended: docs/log.md",
-)
 def test_transfers_run_beside_the_computation() -> None:
     """Attention of the second micro-batch is queued before the rows of the first are there."""
     # Large enough for the device to be behind the host: attention takes milliseconds.

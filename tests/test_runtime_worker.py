@@ -14,6 +14,7 @@ import torch
 
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import write_plan
+from epplan.planner.traffic import make_traffic
 from epplan.runtime import worker
 from epplan.runtime.worker import main
 from tests.fork_ranks import fork_ranks, free_port
@@ -106,6 +107,22 @@ def test_a_wrong_run_fails_with_its_result_written(
     lines = ended[0][2].splitlines()
     assert lines[0] == "error: the distributed run differs from the dense model"
     assert lines[1] == f"  - {result['problems'][0]}"
+
+
+def test_counts_of_skewed_routers_are_traffic_for_the_planner(plan: Path, tmp_path: Path) -> None:
+    counts, result = tmp_path / "counts.npz", tmp_path / "result.json"
+    common = ["--sequence-length=32", "--steps=2", f"--result={result}", f"--counts={counts}"]
+    popularity = []
+    for skew in (0.0, 3.0):
+        ended = launch(plan, *common, f"--router-skew={skew}")
+        assert [code for code, _, _ in ended] == [0] * RANKS, ended
+        traffic = make_traffic(str(counts), SPEC, RANKS, None, 0)
+        assert traffic.windows == 2
+        assert traffic.tokens_per_rank == 2 * 32
+        load = json.loads(result.read_text())["expert_load"]
+        assert traffic.counts[-1].sum(axis=1).tolist() == load
+        popularity.append(max(max(layer) / sum(layer) for layer in load))
+    assert popularity[1] > popularity[0] + 0.2
 
 
 def test_plan_for_another_world_size(plan: Path) -> None:

@@ -1,0 +1,141 @@
+"""Two or more GPUs of one host over NCCL: equal to the dense model, and overlapped on the device.
+
+All cases run in one process group, because a start costs more than a case.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from epplan.planner.model import ModelSpec
+from epplan.planner.plan import Plan
+from epplan.runtime.build import build_model
+from epplan.runtime.clock import Span
+from epplan.runtime.environment import Setting
+from epplan.runtime.measure import run_rank
+from epplan.runtime.options import Options
+from epplan.runtime.schedule import choose
+from epplan.runtime.weights import SeededWeights, seeded_hidden
+from tests.fork_ranks import free_port
+from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
+
+GPUS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(GPUS < 2, reason=f"{GPUS} GPUs, 2 needed"),
+]
+OPTIONS = Options(backend="nccl", sequences=4, sequence_length=96, steps=2, seed=0, verify=True)
+CASES: list[dict[str, Any]] = [
+    {"dispatcher": "alltoall"},
+    {"dispatcher": "alltoall", "micro_batches": 3},
+    {"dispatcher": "alltoall", "micro_batches": 9},
+    {"dispatcher": "alltoall", "dedup": True, "micro_batches": 2},
+    {"dispatcher": "alltoall", "fp8_dispatch": True},
+    {"dispatcher": "alltoall", "router_skew": 3.0, "micro_batches": 2},
+    {"dispatcher": "padded"},
+    {"dispatcher": "padded", "micro_batches": 2},
+    {"dispatcher": "padded", "capacity_factor": 0.1},
+    {"dispatcher": "alltoall", "train": True, "micro_batches": 2},
+]
+
+
+def on_every_gpu(function: Any, *arguments: Any) -> list[Any]:
+    """Return `function(rank, *arguments)` of one process a GPU; spawned, as CUDA wants it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(GPUS, mp_context=context) as pool:
+        port = free_port()
+        ranks = [pool.submit(_with_nccl, rank, port, function, arguments) for rank in range(GPUS)]
+        return [rank.result(timeout=240) for rank in ranks]
+
+
+def _with_nccl(rank: int, port: int, function: Any, arguments: tuple[Any, ...]) -> Any:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", rank=rank, world_size=GPUS, device_id=device)
+    value = function(rank, *arguments)
+    dist.destroy_process_group()
+    return value
+
+
+def setting(rank: int, dtype: torch.dtype) -> Setting:
+    device = torch.device("cuda", rank)
+    return Setting(backend="nccl", backend_reason="test", device=device, dtype=dtype, notes=())
+
+
+def wide(spec: ModelSpec, factor: float) -> ModelSpec:
+    return spec.with_overrides(scale=factor)
+
+
+def spread(spec: ModelSpec, *, copies: int = 0) -> Plan:
+    """Return a plan of one host with all experts on all GPUs, and `copies` replicas."""
+    slots = -(-(spec.num_experts + copies) // GPUS)
+    return make_plan(spec, GPUS, slots_per_rank=slots, num_hosts=1, copies=copies)
+
+
+def run_cases(rank: int, plans: list[Plan], options: list[Options]) -> list[tuple[Any, ...]]:
+    """Run all cases of all plans; returns the failures."""
+    failures = []
+    for plan in plans:
+        for case in options:
+            result = run_rank(plan, case, setting(rank, torch.float16), rank)
+            if result is not None and not result.verified:
+                failures.append((plan.model.name, case, result.problems))
+    return failures
+
+
+def test_equals_the_dense_model() -> None:
+    specs = [wide(spec, 8.0) for spec in (REFERENCE, MIXTRAL, QWEN, DEEPSEEK)]
+    options = [replace(OPTIONS, **case) for case in CASES]
+    failures = on_every_gpu(run_cases, [spread(spec) for spec in specs], options)[0]
+    assert failures == []
+
+
+def test_replicas_and_local_experts_equal_the_dense_model() -> None:
+    spec = wide(MIXTRAL, 8.0)
+    everywhere = spread(spec, copies=spec.num_experts * (GPUS - 1))
+    cases: list[tuple[Plan, dict[str, Any]]] = [
+        (spread(spec, copies=GPUS), {"dispatcher": "alltoall", "micro_batches": 2}),
+        (spread(spec, copies=GPUS), {"dispatcher": "padded"}),
+        (spread(spec, copies=GPUS), {"dispatcher": "alltoall", "replicas": "nearest"}),
+        (everywhere, {"dispatcher": "local", "replicas": "nearest"}),
+    ]
+    for plan, case in cases:
+        assert on_every_gpu(run_cases, [plan], [replace(OPTIONS, **case)])[0] == []
+
+
+def spans_of_step(rank: int, plan: Plan, options: Options) -> list[Span]:
+    """Run some steps and return what happened when in the last."""
+    weights = SeededWeights(
+        spec=plan.model, seed=0, device=torch.device("cuda", rank), dtype=torch.float16
+    )
+    model = build_model(plan, options, choose(plan, options, weights.device), weights, rank)
+    shape = (options.sequences, options.sequence_length, plan.model.hidden_size)
+    x_BSH = seeded_hidden(0, rank, shape, device=weights.device, dtype=weights.dtype)
+    for _ in range(3):
+        dist.barrier()
+        model.forward(x_BSH)
+    return model.clock.spans()
+
+
+def test_transfers_run_under_the_other_micro_batch() -> None:
+    """Rows of one micro-batch arrive while the other's attention, or experts, still compute."""
+    # Large enough for the device to be behind the host: attention takes milliseconds.
+    spec = wide(REFERENCE, 64.0)
+    options = replace(
+        OPTIONS, dispatcher="alltoall", micro_batches=2, sequences=2, sequence_length=16384
+    )
+    for spans in on_every_gpu(spans_of_step, spread(spec), options):
+        by_place = {(span.track, span.name, span.place): span for span in spans}
+        for layer in range(spec.num_layers):
+            rows = by_place["communication", "dispatch", (layer, 0)]
+            attention = by_place["compute", "attention", (layer, 1)]
+            assert rows.end_s < attention.end_s
+            experts = by_place["compute", "experts", (layer, 0)]
+            assert by_place["communication", "dispatch", (layer, 1)].end_s < experts.end_s
