@@ -1,8 +1,9 @@
 """Run a function on N real ranks, forked: 16 of them start, run and stop in about a second.
 
 The parent has imported torch, so a fork costs milliseconds where a fresh interpreter costs
-seconds. The first rank to fail is reported with its traceback and the others are killed, also
-out of a collective that would wait for ever.
+seconds; only CUDA does not survive one, and its ranks are spawned. The first rank to fail is
+reported with its traceback and the others are killed, also out of a collective that would wait for
+ever.
 """
 
 import multiprocessing
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -53,15 +54,16 @@ def fork_ranks(
     world_size: int,
     *arguments: Any,
     timeout_s: float = _TIMEOUT_S,
+    method: Literal["fork", "spawn"] = "fork",
 ) -> list[Any]:
     """Return `function(rank, *arguments)` of all ranks, each in a process of its own.
 
-    `timeout_s` is how long nobody may finish.
+    `timeout_s` is how long nobody may finish; `method` how processes start.
 
     Raises:
         RankError: of the first rank that failed.
     """
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(method)  # the stub of their union has no Process
     processes: list[BaseProcess] = []
     receivers: list[Connection] = []
     try:

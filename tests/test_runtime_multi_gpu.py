@@ -3,9 +3,9 @@
 All cases run in one process group, because a start costs more than a case.
 """
 
-import multiprocessing
+import faulthandler
 import os
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
 from epplan.runtime.schedule import choose
 from epplan.runtime.weights import SeededWeights, seeded_hidden
-from tests.fork_ranks import free_port
+from tests.fork_ranks import fork_ranks, free_port
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 
 GPUS = torch.cuda.device_count()
@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(GPUS < 2, reason=f"{GPUS} GPUs, 2 needed"),
 ]
+_TIMEOUT_S = 90
 OPTIONS = Options(backend="nccl", sequences=4, sequence_length=96, steps=2, seed=0, verify=True)
 CASES: list[dict[str, Any]] = [
     {"dispatcher": "alltoall"},
@@ -45,16 +46,16 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def on_every_gpu(function: Any, *arguments: Any) -> list[Any]:
-    """Return `function(rank, *arguments)` of one process a GPU; spawned, as CUDA wants it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(GPUS, mp_context=context) as pool:
-        port = free_port()
-        ranks = [pool.submit(_with_nccl, rank, port, function, arguments) for rank in range(GPUS)]
-        return [rank.result(timeout=240) for rank in ranks]
+def on_every_gpu(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return `function(rank, *arguments)` of one process a GPU."""
+    given = (free_port(), function, arguments)
+    return fork_ranks(_with_nccl, GPUS, *given, timeout_s=_TIMEOUT_S, method="spawn")
 
 
-def _with_nccl(rank: int, port: int, function: Any, arguments: tuple[Any, ...]) -> Any:
+def _with_nccl(
+    rank: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
+    faulthandler.dump_traceback_later(_TIMEOUT_S - 10)  # says where a rank hangs
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
