@@ -47,20 +47,33 @@ class Replies:
 
 def record(nvml: Nvml) -> dict[str, Any]:
     """Return this machine's replies as such a file's document, with made-up UUIDs."""
-    gpus = []
-    for gpu in range(nvml.gpu_count()):
-        replies = {question: _value(nvml.ask_gpu(gpu, question)) for question in GPU_SOURCES}
-        replies["uuid"] = f"GPU-00000000-0000-0000-0000-{gpu:012}"
-        links = [
-            {question: _value(nvml.ask_link(gpu, link, question)) for question in LINK_SOURCES}
-            for link in range(MAX_LINKS)
-        ]
-        ranges = {}
-        for _, alike in groupby(range(MAX_LINKS), key=lambda link: json.dumps(links[link])):
-            numbers = list(alike)
-            ranges[f"{numbers[0]}-{numbers[-1]}"] = links[numbers[0]]
-        gpus.append({"replies": replies, "links": ranges})
-    return {"driver_version": _value(nvml.driver_version()), "gpus": gpus}
+    gpus = [_gpu(nvml, gpu) for gpu in range(nvml.gpu_count())]
+    common = {
+        part: {
+            key: x for key, x in gpus[0][part].items() if all(gpu[part][key] == x for gpu in gpus)
+        }
+        for part in ("replies", "links")
+    }
+    own = [
+        {part: {key: x for key, x in gpu[part].items() if key not in common[part]} for part in gpu}
+        for gpu in gpus
+    ]
+    return {"driver_version": _value(nvml.driver_version()), "every_gpu": common, "gpus": own}
+
+
+def _gpu(nvml: Nvml, gpu: int) -> dict[str, dict[str, Any]]:
+    """Return one GPU's replies, and its links' by range of links that answer alike."""
+    replies = {question: _value(nvml.ask_gpu(gpu, question)) for question in GPU_SOURCES}
+    replies["uuid"] = f"GPU-00000000-0000-0000-0000-{gpu:012}"
+    links = [
+        {question: _value(nvml.ask_link(gpu, link, question)) for question in LINK_SOURCES}
+        for link in range(MAX_LINKS)
+    ]
+    ranges = {}
+    for _, alike in groupby(range(MAX_LINKS), key=lambda link: json.dumps(links[link])):
+        numbers = list(alike)
+        ranges[f"{numbers[0]}-{numbers[-1]}"] = links[numbers[0]]
+    return {"replies": replies, "links": ranges}
 
 
 def _value(reading: Reading) -> Any:

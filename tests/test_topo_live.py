@@ -25,6 +25,7 @@ from epplan.topologies.live.sysfs import Sysfs
 from epplan.topologies.routes import find_routes
 from tests.fork_ranks import fork_ranks
 from tests.nvml_replies import FakeSys, Replies, hgx
+from tests.nvml_replies import record as record_replies
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,6 +116,23 @@ def test_recorded_virtual_machine_takes_its_links_from_the_profile(tmp_path: Pat
         "18 links to NVSwitches assumed from the profile h200-sxm",
     )
     assert cluster.warnings == ()
+
+
+def test_recorded_virtual_machine_of_two_gpus_tells_its_links(tmp_path: Path) -> None:
+    replies = Replies("2xh200-vm")
+    assert record_replies(replies) == {
+        name: value for name, value in replies._document.items() if name != "about"
+    }
+    sys = FakeSys(tmp_path, numa_nodes=1)
+    for bus_id in ("0000:00:06.0", "0000:00:07.0"):
+        sys.pci(bus_id, device="0x2335", numa=0)
+    cluster = graph("2xh200-vm", tmp_path)
+    assert [gpu.links for gpu in cluster.gpus()] == [18, 18]
+    for gpu in cluster.gpus():
+        link = cluster.link(gpu.id, "node01/nvswitch")
+        # NVML's 26562 MB/s a link are with the line code; 25 GB/s are for data.
+        assert (link.count, link.rated_bytes_per_s) == (18, 18 * 25e9)
+    assert cluster.assumed == cluster.warnings == ()
 
 
 def test_real_output_is_read(tmp_path: Path) -> None:
