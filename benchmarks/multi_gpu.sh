@@ -46,13 +46,22 @@ solve() {
     > "$out/$name.txt" 2> "$out/$name.log" || { cat "$out/$name.log" >&2; exit 1; }
 }
 
+# plan_for NAME OPTION...: a plan for the traffic that its own seeded routers really make.
+plan_for() {
+  local name=$1
+  shift
+  solve "$name" "$@" --load uniform --tokens 16384
+  keep "counts-$name" epplan launch "$out/$name.json" --sequences 4 --sequence-length 4096 --steps 1 \
+    --no-verify --counts "$out/$name.npz" --json
+  solve "$name" "$@" --load "$out/$name.npz"
+}
+
 # The reference model with one expert a GPU, and one whose rows travel for longer: top-8, narrow.
 epplan topo discover -o "$out/host.json" 2> "$out/discover.log" || { cat "$out/discover.log" >&2; exit 1; }
 prefill=(--phase prefill --sequences 4 --sequence-length 4096 --steps 8)
 decode=(--phase decode --sequences 64 --context 128 --steps 20)
-solve reference --model reference --experts "$gpus" --experts-per-gpu 1 --load uniform --tokens 16384
-solve narrow --model qwen3-235b-a22b --layers 4 --experts $((16 * gpus)) --experts-per-gpu 16 \
-  --load uniform --tokens 16384
+plan_for reference --model reference --experts "$gpus" --experts-per-gpu 1
+plan_for narrow --model qwen3-235b-a22b --layers 4 --experts $((16 * gpus)) --experts-per-gpu 16
 
 if has topology; then
   nvidia-smi topo -m > "$out/smi-topo.txt"
@@ -80,8 +89,8 @@ if has overlap; then
     keep "$model-decode" epplan bench "$plan" "${decode[@]}" --json
     keep "$model-decode-tp" epplan bench "$plan" "${decode[@]}" --baseline "tp${gpus}pp1" --json
   done
-  keep trace epplan launch "$out/narrow.json" --sequences 4 --sequence-length 4096 --steps 2 \
-    --no-verify --trace "$out/trace-narrow.json" --json
+  keep traced epplan launch "$out/narrow.json" --sequences 4 --sequence-length 4096 --steps 2 \
+    --no-verify --trace "$out/trace.json" --json
 fi
 
 if has predict; then

@@ -77,7 +77,8 @@ _OPTIONS = (
         "--graph/--no-graph",
         default=True,
         show_default=True,
-        help="Replay the decode step of --one-rank as a CUDA graph, on a GPU.",
+        help="Replay decode steps as a CUDA graph, on a GPU: of --one-rank, and of a plan whose "
+        "rows are padded.",
     ),
     click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Timed."),
     click.option(

@@ -17,7 +17,7 @@ from .bench_result import Phase
 from .build import make_dispatcher
 from .channel import Channel
 from .clock import PhaseClock
-from .decode import DecodeGraph
+from .decode import DecodeGraph, GraphedDecode
 from .dispatch import Dispatcher
 from .filled_cache import filled_cache
 from .kv_cache import KvCache
@@ -63,7 +63,7 @@ def one_rank_job(
         _rewind(caches, options.before(phase))
         return batches[0].hidden_BSH if parts == 1 else torch.cat([b.hidden_BSH for b in batches])
 
-    with_graph = phase == "decode" and options.graph and device.type == "cuda"
+    with_graph = _is_graphed(phase, options, device)
     step = DecodeGraph(run, x_BSH) if with_graph else _marked(run, clock)
     return Job(
         step=lambda: step(x_BSH),
@@ -96,7 +96,11 @@ class PlanBench:
             positions=options.positions(phase),
             device_type=self._weights.device.type,
         )
-        kind, reason = choose_dispatcher("auto", plan, workload, "share", dedup=False)
+        with_graph = _is_graphed(phase, options, self._weights.device)
+        kind, reason = choose_dispatcher(
+            "auto", plan, workload, "share", dedup=False, graph=with_graph
+        )
+        with_graph &= kind == "padded"  # the others wait for counts
         asked = options.micro_batches if options.overlap else 1
         schedule = choose_schedule(asked, plan, workload, kind)
         parts = schedule.micro_batches
@@ -112,14 +116,19 @@ class PlanBench:
         model = ExpertParallelModel(spec, self._layers, dispatcher, schedule, self._clock)
         x_BSH = _hidden(options, self._weights, self._rank, phase)
         caches = _caches(options, self._weights, phase, parts)
+        graphed = GraphedDecode(model, caches or []) if with_graph else None
 
         def step() -> None:
-            model.forward(x_BSH, caches=caches)
-            _rewind(caches, options.before(phase))
+            if graphed is not None:
+                graphed(x_BSH)
+            else:
+                model.forward(x_BSH, caches=caches)
+                _rewind(caches, options.before(phase))
 
         return Job(
             step=step,
-            clock=self._clock,
+            clock=None if with_graph else self._clock,
+            graph=with_graph,
             bytes_read=tensor_bytes(self._layers)
             + cache_bytes(spec, options.sequences, options.before(phase)),
             how=f"by {kind} ({reason}), {parts} micro-batches ({schedule.reason})",
@@ -168,6 +177,11 @@ class BaselineBench:
             how=f"in {parts} micro-batches, {turns}",
             steps_at_once=_BASELINE_DECODE_STEPS if phase == "decode" else 1,
         )
+
+
+def _is_graphed(phase: Phase, options: BenchOptions, device: torch.device) -> bool:
+    """Return whether the phase is one that a CUDA graph can hold."""
+    return phase == "decode" and options.graph and device.type == "cuda"
 
 
 def parse_grid(text: str | None) -> Grid:

@@ -6,8 +6,9 @@ does not wait. With gloo they are work handles. One process group serves all of 
 in which the program issues them, which therefore must be the same on all ranks.
 
 Memory without `record_stream`, which lets freed blocks pile up: inputs belong to the computation's
-stream and are held until it has waited for the transfer; outputs belong to the transfers' stream,
-and `release` makes that stream wait for the computation before they are dropped.
+stream, which would give them to its next kernel, so what is under way holds them until somebody has
+waited for it; outputs belong to the transfers' stream, and `release` makes that stream wait for the
+computation before they are dropped.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ class Arriving:
     """Rows under way; only to be read after `wait`, which makes the computation wait for them."""
 
     rows: Tensor
+    sent: Tensor  # held until the computation has waited
     wait: Callable[[], object]
 
 
@@ -33,7 +35,7 @@ class Arriving:
 class ToHost:
     """Numbers on their way to the CPU."""
 
-    source: Tensor  # held until they are there
+    sources: tuple[Tensor, ...]  # held until they are there
     copy: Tensor
     arrived: Callable[[], object]
 
@@ -108,7 +110,7 @@ class Channel:
                     received, rows, list(receive_rows), list(send_rows), async_op=is_async
                 ),
             )
-        return Arriving(received, wait)
+        return Arriving(received, rows, wait)
 
     def gather_to_host(self, numbers: Tensor, place: Place) -> ToHost:
         """Gather `numbers` [n] of all ranks to [W + 1, n] on the CPU, the own ones last.
@@ -124,19 +126,24 @@ class Channel:
                 place,
                 lambda is_async: self._all_gather(gathered, numbers, async_op=is_async),
             )
-            return self._copy_to_host(everything, wait)
+            return self._copy_to_host(everything, wait, numbers)
 
     def to_host(self, numbers: Tensor) -> ToHost:
         """Bring `numbers` to the CPU."""
         with self._beside(None):
             return self._copy_to_host(numbers, lambda: None)
 
-    def _copy_to_host(self, numbers: Tensor, wait: Callable[[], object]) -> ToHost:
-        """Bring numbers to the CPU, inside `_beside`; `wait` is for those that are there."""
+    def _copy_to_host(
+        self, numbers: Tensor, wait: Callable[[], object], *sources: Tensor
+    ) -> ToHost:
+        """Bring numbers, made from `sources`, to the CPU; `wait` is for those that are there.
+
+        Inside `_beside`.
+        """
         copy = numbers.to("cpu", non_blocking=True)  # of a GPU's: pinned memory
         if self._stream is not None:
             wait = self._stream.record_event().synchronize
-        return ToHost(numbers, copy, wait)
+        return ToHost((numbers, *sources), copy, wait)
 
     def _beside(self, after: torch.Event | None) -> AbstractContextManager[object]:
         """Return the transfers' stream as a context, after that point of the computation."""

@@ -42,7 +42,6 @@ class Flight:
         self._receive_rows = receive_rows
         self._name = name
         self._place = place
-        self._sent: Tensor  # held until the computation has waited
         self._arriving: Arriving
         self._under_way: Tensor
 
@@ -66,7 +65,7 @@ class Flight:
     def _finish(self) -> Tensor:
         self._arriving.wait()
         rows = self._arriving.rows
-        del self._sent, self._arriving
+        del self._arriving
         return rows
 
     def _exchange(
@@ -77,7 +76,6 @@ class Flight:
         name: str,
         after: torch.Event | None,
     ) -> Tensor:
-        self._sent = rows
         self._arriving = self._channel.exchange(
             rows, send_rows, receive_rows, name=name, place=self._place, after=after
         )

@@ -26,6 +26,9 @@ _ROWS_OF_AN_EXPERT = 512
 # Of padding per rank and direction: a network port carries it in some 80 us, and to read counts on
 # the host costs about that once launches are counted. An estimate, not measured between GPUs.
 _PADDING_BYTES = 4 << 20
+# A step of padded rows fits into a CUDA graph. Without one a decode step of 4 layers took two
+# H200 9 to 18 ms, most of it for starting kernels (docs/log.md): some milliseconds a layer.
+_PADDING_BYTES_OF_GRAPH = 32 << 20
 _ACTIVATION_SHARE = 0.5  # of the memory the plan leaves free
 _SKEW = 2.0  # rows of the busiest rank over the mean, for memory
 _NO_LONGER_DENSE = "gradients could not be compared with the dense model's"
@@ -94,7 +97,13 @@ def _not_in_training(options: Options) -> list[tuple[str, bool, str]]:
 
 
 def choose_dispatcher(
-    asked: str, plan: Plan, workload: Workload, replicas: ReplicaChoice, *, dedup: bool
+    asked: str,
+    plan: Plan,
+    workload: Workload,
+    replicas: ReplicaChoice,
+    *,
+    dedup: bool,
+    graph: bool = False,
 ) -> tuple[DispatcherKind, str]:
     """Return the dispatcher and why.
 
@@ -104,6 +113,7 @@ def choose_dispatcher(
         workload: of a step.
         replicas: which copies are used.
         dedup: whether a token's row goes to a rank once; `alltoall` only.
+        graph: whether a step that waits for nothing will be a CUDA graph.
 
     Raises:
         InputError: what was asked for cannot run this plan.
@@ -130,9 +140,11 @@ def choose_dispatcher(
         whose = "there is one rank" if plan.world_size == 1 else "every expert is on every rank"
         return "local", f"{whose}: no rows travel"
     padding = _padding_bytes(plan, workload)
-    if workload.device_type == "cuda" and not dedup and padding <= _PADDING_BYTES:
+    most = _PADDING_BYTES_OF_GRAPH if graph else _PADDING_BYTES
+    if workload.device_type == "cuda" and not dedup and padding <= most:
         return "padded", (
-            f"decode size: {padding / 2**20:.1f} MiB of padding cost less than waiting for counts"
+            f"decode size: {padding / 2**20:.1f} MiB of padding cost less than "
+            + ("starting kernels one by one" if graph else "waiting for counts")
         )
     return "alltoall", "rows travel without padding"
 

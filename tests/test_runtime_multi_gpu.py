@@ -17,9 +17,12 @@ from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
 from epplan.runtime.build import build_model
 from epplan.runtime.clock import Span
+from epplan.runtime.decode import GraphedDecode
 from epplan.runtime.environment import Setting
+from epplan.runtime.filled_cache import filled_cache
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
+from epplan.runtime.padded import Padded
 from epplan.runtime.schedule import choose
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 from tests.fork_ranks import fork_ranks, free_port
@@ -109,6 +112,43 @@ def test_replicas_and_local_experts_equal_the_dense_model() -> None:
     ]
     for plan, case in cases:
         assert on_every_gpu(run_cases, [plan], [replace(OPTIONS, **case)])[0] == []
+
+
+def decode_both_ways(rank: int, plan: Plan) -> list[bool]:
+    """Run decode steps as a graph and kernel by kernel; tells which are equal."""
+    options = replace(OPTIONS, dispatcher="padded", sequence_length=1, micro_batches=2)
+    device, spec = torch.device("cuda", rank), plan.model
+    weights = SeededWeights(spec=spec, seed=0, device=device, dtype=torch.float16)
+    model = build_model(plan, options, choose(plan, options, device), weights, rank)
+    caches = [
+        filled_cache(
+            spec.attention,
+            num_layers=spec.num_layers,
+            sequences=options.sequences // 2,
+            context=7,
+            device=device,
+            dtype=torch.float16,
+        )
+        for _ in range(2)
+    ]
+    assert isinstance(model.dispatcher, Padded)
+    graphed, equal = GraphedDecode(model, caches), []
+    for seed, capacity in enumerate([8, 8, 1, 8]):  # 1: rows are lost, and the step run again
+        model.dispatcher.capacity = capacity
+        shape = (options.sequences, 1, spec.hidden_size)
+        x_B1H = seeded_hidden(seed, rank, shape, device=device, dtype=torch.float16)
+        if capacity == 1:
+            graphed = GraphedDecode(model, caches)
+        result_B1H = graphed(x_B1H).clone()
+        expected_B1H = model.forward(x_B1H, caches=caches).hidden_BSH
+        for cache in caches:
+            cache.truncate(7)
+        equal.append(torch.allclose(result_B1H, expected_B1H, atol=1e-2))
+    return equal
+
+
+def test_decode_as_a_graph_equals_decode_kernel_by_kernel() -> None:
+    assert on_every_gpu(decode_both_ways, spread(wide(QWEN, 8.0))) == [[True] * 4] * GPUS
 
 
 def spans_of_step(rank: int, plan: Plan, options: Options) -> list[Span]:

@@ -28,6 +28,7 @@ def measurement_json(measurement: Measurement, times: LinkTimes) -> dict[str, An
             }
             for row in measurement.rows
         ],
+        "all_to_all": [{"bytes": row.bytes, "seconds": row.seconds} for row in times.all_to_all],
         "slow": [
             {
                 "gpus": list(pair.gpus),
