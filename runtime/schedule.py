@@ -18,8 +18,9 @@ from .padded import capacity_for
 from .pipeline import CPU_TURNS, GPU_TURNS, Schedule
 from .replicas import ReplicaChoice, all_local
 
-_IN_FLIGHT = 2  # one computes while the other's rows travel
-_MOST_MICRO_BATCHES = 4  # more shorten the unhidden first and last transfer by little
+# One computes while the other's rows travel. Four shorten the unhidden first and last transfer, but
+# took two H200 5 to 14 % longer than two (docs/log.md): smaller products beside more transfers.
+_IN_FLIGHT = 2
 # Two halves of 1024 rows take an H200 3 % longer than the whole, two of 256 rows 10 %, and below
 # 128 rows twice as long, because each reads the expert's weights (docs/log.md).
 _ROWS_OF_AN_EXPERT = 512
@@ -182,7 +183,7 @@ def _number_of_micro_batches(
             "parts would take longer than transfers, each reads the expert's weights"
         )
     else:
-        number = min(_MOST_MICRO_BATCHES, int(rows) // _ROWS_OF_AN_EXPERT, workload.sequences)
+        number = _IN_FLIGHT
         reason = (
             f"{'decode' if workload.positions == 1 else 'prefill'} step, {rows:.0f} rows an "
             "expert: one computes under the transfers of another"

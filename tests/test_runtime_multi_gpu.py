@@ -83,35 +83,31 @@ def spread(spec: ModelSpec, *, copies: int = 0) -> Plan:
     return make_plan(spec, GPUS, slots_per_rank=slots, num_hosts=1, copies=copies)
 
 
-def run_cases(rank: int, plans: list[Plan], options: list[Options]) -> list[tuple[Any, ...]]:
-    """Run all cases of all plans; returns the failures."""
+def run_cases(rank: int, cases: list[tuple[Plan, Options]]) -> list[tuple[Any, ...]]:
+    """Run all cases; returns the failures on rank 0."""
     failures = []
-    for plan in plans:
-        for case in options:
-            result = run_rank(plan, case, setting(rank, torch.float16), rank)
-            if result is not None and not result.verified:
-                failures.append((plan.model.name, case, result.problems))
+    for plan, options in cases:
+        result = run_rank(plan, options, setting(rank, torch.float16), rank)
+        if result is not None and not result.verified:
+            failures.append((plan.model.name, options, result.problems))
     return failures
 
 
 def test_equals_the_dense_model() -> None:
-    specs = [wide(spec, 8.0) for spec in (REFERENCE, MIXTRAL, QWEN, DEEPSEEK)]
-    options = [replace(OPTIONS, **case) for case in CASES]
-    failures = on_every_gpu(run_cases, [spread(spec) for spec in specs], options)[0]
-    assert failures == []
-
-
-def test_replicas_and_local_experts_equal_the_dense_model() -> None:
-    spec = wide(MIXTRAL, 8.0)
-    everywhere = spread(spec, copies=spec.num_experts * (GPUS - 1))
-    cases: list[tuple[Plan, dict[str, Any]]] = [
-        (spread(spec, copies=GPUS), {"dispatcher": "alltoall", "micro_batches": 2}),
-        (spread(spec, copies=GPUS), {"dispatcher": "padded"}),
-        (spread(spec, copies=GPUS), {"dispatcher": "alltoall", "replicas": "nearest"}),
-        (everywhere, {"dispatcher": "local", "replicas": "nearest"}),
+    cases = [
+        (spread(wide(spec, 8.0)), replace(OPTIONS, **case))
+        for spec in (REFERENCE, MIXTRAL, QWEN, DEEPSEEK)
+        for case in CASES
     ]
-    for plan, case in cases:
-        assert on_every_gpu(run_cases, [plan], [replace(OPTIONS, **case)])[0] == []
+    copied = spread(wide(MIXTRAL, 8.0), copies=GPUS)
+    everywhere = spread(wide(MIXTRAL, 8.0), copies=MIXTRAL.num_experts * (GPUS - 1))
+    cases += [
+        (copied, replace(OPTIONS, dispatcher="alltoall", micro_batches=2)),
+        (copied, replace(OPTIONS, dispatcher="padded")),
+        (copied, replace(OPTIONS, dispatcher="alltoall", replicas="nearest")),
+        (everywhere, replace(OPTIONS, dispatcher="local", replicas="nearest")),
+    ]
+    assert on_every_gpu(run_cases, cases)[0] == []
 
 
 def decode_both_ways(rank: int, plan: Plan) -> list[bool]:
