@@ -1,6 +1,7 @@
 """The result of a benchmark: what rank 0 writes and prints."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import mean, median
@@ -17,7 +18,8 @@ class RankRun:
 
     steps_s: list[float]
     parts_s: list[dict[str, float]]  # by step; empty where a graph ran, which has no marks
-    transfers_s: list[dict[str, float]]  # by step: how long rows and counts were under way
+    # By step, in the order that all ranks share: name, and how long it was under way.
+    transfers_s: list[list[tuple[str, float]]]
     bytes_read: int  # weights and cache, each once
     flop_per_s: float  # ceilings
     bytes_per_s: float
@@ -38,7 +40,7 @@ class PhaseResult:
     tokens_per_s: float
     tpot_s: float | None  # time per output token: decode only
     parts: dict[str, PhaseTime]
-    transfers: dict[str, float]  # seconds under way, by the rank that waits for the others least
+    transfers: dict[str, float]  # seconds under way, each by the rank that came last
     flops_per_rank: float
     bytes_per_rank: float
     gemm_ceiling_flop_per_s: float  # mean over ranks, measured in this run
@@ -158,15 +160,19 @@ def _phase_lines(phase: PhaseResult) -> Iterator[str]:
 
 
 def _transfers(runs: list[RankRun]) -> dict[str, float]:
-    """Return the least over ranks of each transfer's median over steps.
+    """Return each kind's seconds, added up over a step; the median over steps.
 
     Whoever comes first also waits for the others; the rank that comes last pays the transfer alone.
     """
-    names = dict.fromkeys(name for run in runs for step in run.transfers_s for name in step)
-    return {
-        name: min(median(step.get(name, 0.0) for step in run.transfers_s) for run in runs)
-        for name in names
-    }
+    steps: list[dict[str, float]] = []
+    for of_step in zip(*(run.transfers_s for run in runs), strict=True):  # by rank
+        total: dict[str, float] = defaultdict(float)
+        for of_transfer in zip(*of_step, strict=True):
+            (name, _), *_ = of_transfer
+            total[name] += min(seconds for _, seconds in of_transfer)
+        steps.append(total)
+    names = dict.fromkeys(name for step in steps for name in step)
+    return {name: median(step.get(name, 0.0) for step in steps) for name in names}
 
 
 def _parts(runs: list[RankRun]) -> dict[str, PhaseTime]:

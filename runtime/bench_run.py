@@ -97,7 +97,7 @@ def _time(
 
     times: list[float] = []
     parts: list[dict[str, float]] = []
-    transfers: list[dict[str, float]] = []
+    transfers: list[list[tuple[str, float]]] = []
     for _ in range(options.warm_up):
         job.step()
     for _ in range(options.steps):
@@ -106,7 +106,7 @@ def _time(
         times.append(device_seconds(steps, device) / job.steps_at_once)
         if job.clock is not None:
             parts.append(job.clock.seconds())
-            transfers.append(job.clock.seconds("communication"))
+            transfers.append(job.clock.transfers())
     return RankRun(
         steps_s=times,
         parts_s=parts,

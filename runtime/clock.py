@@ -75,13 +75,21 @@ class PhaseClock:
         """Note that a transfer has ended, on the current stream."""
         transfer.end = self._now()
 
-    def seconds(self, track: Track = "compute") -> dict[str, float]:
-        """Return the seconds of each phase, or transfer, since `start`; waits for the device."""
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase since `start`; waits for the device."""
         total: dict[str, float] = defaultdict(float)
         for span in self.spans():
-            if span.track == track:
+            if span.track == "compute":
                 total[span.name] += span.end_s - span.begin_s
         return dict(total)
+
+    def transfers(self) -> list[tuple[str, float]]:
+        """Return name and seconds of each transfer in their order; waits for the device."""
+        return [
+            (span.name, span.end_s - span.begin_s)
+            for span in self.spans()
+            if span.track == "communication"
+        ]
 
     def spans(self) -> list[Span]:
         """Return phases and finished transfers since `start`; waits for the device."""

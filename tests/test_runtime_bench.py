@@ -154,7 +154,7 @@ def test_the_slowest_rank_sets_the_step() -> None:
         RankRun(
             steps_s=steps,
             parts_s=[{"attention": 1.0, "experts": part} for part in parts],
-            transfers_s=[{"dispatch": part / 8} for part in parts],
+            transfers_s=[[("dispatch", part), ("dispatch", 5 - part)] for part in parts],
             bytes_read=100,
             flop_per_s=1000.0,
             bytes_per_s=500.0,
@@ -169,6 +169,7 @@ def test_the_slowest_rank_sets_the_step() -> None:
     assert result.tokens_per_s == pytest.approx(8 / 3)
     assert result.parts["experts"].mean_s == 3.0
     assert result.parts["experts"].max_s == 4.0
-    assert result.transfers == {"dispatch": 0.25}  # the other rank waited for this one
+    # Steps take 1 + 1, 2 + 1 and 4 - 4: in each transfer one rank waited for the other.
+    assert result.transfers == {"dispatch": 2.0}
     assert result.gemm_share == pytest.approx(300 / 3 / 1000)
     assert result.copy_share == pytest.approx(100 / 3 / 500)
