@@ -69,6 +69,12 @@ def _links(kept: Kept) -> Iterator[Fields]:
     if (links := kept.get("links")) is not None:
         for row in links["classes"]:
             yield {"what": "links", **row}
+        for row in links["compared"]:
+            yield {
+                "what": "expected over measured",
+                **{key: row[key] for key in ("path", "transfers", "bytes", "measured_s")},
+                "ratio": row["expected_s"] / row["measured_s"],
+            }
         yield {"what": "slow pairs", "pairs": links["slow"]}
 
 

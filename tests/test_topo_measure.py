@@ -5,11 +5,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from epplan.errors import InputError
+from epplan.planner.cost import transfer_cost
 from epplan.planner.model import AttentionSpec, ModelSpec
 from epplan.planner.plan import Plan, write_plan
 from epplan.runtime.environment import Setting
@@ -94,6 +96,24 @@ def test_fit_of_noise_claims_no_latency() -> None:
     latency, bandwidth = fit([(1000, 1e-6), (2000, 9e-6)])  # more than linear
     assert latency == 0.0
     assert bandwidth == pytest.approx(2000 / 9e-6)
+
+
+def test_times_stand_beside_what_the_topology_expected() -> None:
+    cluster = tiny_cluster((2, 2))
+    routes = find_routes(cluster, [gpu.id for gpu in cluster.gpus()])
+    sent = np.zeros((4, 4))
+    sent[0, 1] = SIZES[-1]
+    expected = transfer_cost(routes, sent).seconds
+    found = measure(cluster, times(cluster, {(0, 1): 300e9, (2, 3): 320e9}, exchange=30e9), 0.5)
+    pairs = [row for row in found.compared if row.transfers == "pairs"]
+    assert [(row.path, row.bytes) for row in pairs] == [("NVL", size) for size in SIZES]
+    assert pairs[-1].expected_s == pytest.approx(expected)
+    middle = (SIZES[-1] / 300e9 + SIZES[-1] / 320e9) / 2
+    assert pairs[-1].measured_s == pytest.approx(10e-6 + middle)
+    exchange = [row for row in found.compared if row.transfers == "all-to-all"]
+    assert [row.path for row in exchange] == ["NET, NVL"] * len(SIZES)
+    even = (np.ones((4, 4)) - np.eye(4)) * SIZES[-1] / 3
+    assert exchange[-1].expected_s == pytest.approx(transfer_cost(routes, even).seconds)
 
 
 def test_classes_are_path_types() -> None:

@@ -21,13 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from epplan.errors import InputError
 from epplan.files import parse_yaml, read_text, validate
 
+from .expected import Compared, Point, compare_all_to_all, compare_pairs
 from .graph import Cluster, Gpu, NetworkSwitch
 from .host_paths import PATH_TYPES
 from .measured import LIMITED_BY, MeasuredRecord
 from .routes import Routes, find_routes
 
 _SHARED = ("NVL", "SHM")  # path types over a plane
-Point = tuple[int, float]  # bytes, seconds
 Ranks = tuple[int, int]
 
 
@@ -96,6 +96,7 @@ class Measurement:
 
     rows: tuple[MeasuredRecord, ...]
     slow: tuple[SlowPair, ...]
+    compared: tuple[Compared, ...]  # with what the cluster said before
 
 
 def read_times(path: Path) -> LinkTimes:
@@ -127,7 +128,7 @@ def parse_times(document: Any, what: str) -> LinkTimes:
 
 
 def measure(cluster: Cluster, times: LinkTimes, slow_below: float) -> Measurement:
-    """Return the fits by path type and the slow pairs.
+    """Return the fits by path type, the slow pairs, and all times beside the expected ones.
 
     Args:
         cluster: holds the GPUs the ranks ran on.
@@ -148,11 +149,8 @@ def measure(cluster: Cluster, times: LinkTimes, slow_below: float) -> Measuremen
     points: dict[Ranks, list[Point]] = defaultdict(list)
     for pair in times.pairs:
         points[pair.ranks].append((pair.bytes, pair.seconds))
-    paths = _by_path(
-        cluster,
-        routes,
-        {ranks: (number[gpus[ranks[0]]], number[gpus[ranks[1]]]) for ranks in points},
-    )
+    places = {ranks: (number[gpus[ranks[0]]], number[gpus[ranks[1]]]) for ranks in points}
+    paths = _by_path(cluster, routes, places)
     classes = {key: {ranks: points[ranks] for ranks in members} for key, members in paths.items()}
     num_paths = len({key.path for key in classes})
     rows = tuple(_row(key, pairs, times, num_paths) for key, pairs in classes.items())
@@ -167,7 +165,13 @@ def measure(cluster: Cluster, times: LinkTimes, slow_below: float) -> Measuremen
         if key.path != "SHM"  # no link: which core each process got decides
         for (first, second), rate, middle in _slow(pairs, slow_below)
     ]
-    return Measurement(rows=rows, slow=tuple(slow))
+    compared = [
+        row
+        for members in paths.values()
+        for row in compare_pairs(routes, {places[ranks]: points[ranks] for ranks in members})
+    ]
+    compared += compare_all_to_all(routes, [(row.bytes, row.seconds) for row in times.all_to_all])
+    return Measurement(rows=rows, slow=tuple(slow), compared=tuple(compared))
 
 
 def fit(points: Iterable[Point]) -> tuple[float, float]:

@@ -8,11 +8,11 @@ from rich.text import Text
 
 from .cluster_writer import bandwidth_text
 from .measure import LinkTimes, Measurement
-from .units import format_bandwidth, format_time
+from .units import format_bandwidth, format_bytes, format_time
 
 
 def measurement_json(measurement: Measurement, times: LinkTimes) -> dict[str, Any]:
-    """Return fits and slow pairs as JSON values."""
+    """Return fits, times beside the expected ones, and slow pairs as JSON values."""
     return {
         "backend": times.backend,
         "device": times.device,
@@ -28,7 +28,16 @@ def measurement_json(measurement: Measurement, times: LinkTimes) -> dict[str, An
             }
             for row in measurement.rows
         ],
-        "all_to_all": [{"bytes": row.bytes, "seconds": row.seconds} for row in times.all_to_all],
+        "compared": [
+            {
+                "path": row.path,
+                "transfers": row.transfers,
+                "bytes": row.bytes,
+                "measured_s": row.measured_s,
+                "expected_s": row.expected_s,
+            }
+            for row in measurement.compared
+        ],
         "slow": [
             {
                 "gpus": list(pair.gpus),
@@ -42,7 +51,7 @@ def measurement_json(measurement: Measurement, times: LinkTimes) -> dict[str, An
 
 
 def measurement_table(measurement: Measurement, times: LinkTimes) -> RenderableType:
-    """Return the fits as a table, and below it the slow pairs."""
+    """Return the fits, every size beside what the topology expected, and the slow pairs."""
     table = Table(
         title=f"{len(times.ranks)} ranks, {times.backend} on {times.device}", title_justify="left"
     )
@@ -61,4 +70,21 @@ def measurement_table(measurement: Measurement, times: LinkTimes) -> RenderableT
         f"the median of {pair.path} is {format_bandwidth(pair.median_bytes_per_s)}"
         for pair in measurement.slow
     ]
-    return Group(table, Text("\n".join(lines) or "no link is much slower than its class"))
+    text = Text("\n".join(lines) or "no link is much slower than its class")
+    return Group(table, Text(), _compared_table(measurement), Text(), text)
+
+
+def _compared_table(measurement: Measurement) -> Table:
+    table = Table(title="beside what the topology said before", title_justify="left")
+    for heading in ("path", "transfers", "bytes", "measured", "expected", "expected / measured"):
+        table.add_column(heading, justify="left" if heading in ("path", "transfers") else "right")
+    for row in measurement.compared:
+        table.add_row(
+            row.path,
+            row.transfers,
+            format_bytes(row.bytes),
+            format_time(row.measured_s),
+            format_time(row.expected_s),
+            f"{row.expected_over_measured:.2f}",
+        )
+    return table
