@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import EARLY, has_hopper
+from .launch import EARLY, fetch, has_hopper, workspace
 
 MAX_ROWS = 64
 _LINE_BYTES = 128  # fetched into L2 at a time
 _IN_FLIGHT = {64: (128, 6), 128: (128, 4), 256: (64, 4)}  # by C: B and stages
+_ROTATION = 0
 _FETCHED_LINES = 1024  # of a program, before the kernel before it has ended
 
 
@@ -30,23 +31,29 @@ class _Tiling:
     columns: int  # C
     inputs: int  # B
     stages: int
+    warps: int = 4
     parts: int  # of K; one program each, the last to end adds them up
 
 
-def skinny_linear(x_RK: Tensor, weight_NK: Tensor, *, gelu: bool = False) -> Tensor:
+def skinny_linear(
+    x_RK: Tensor, weight_NK: Tensor, out_RN: Tensor | None = None, *, gelu: bool = False
+) -> Tensor:
     """Return x times the matrix, [R, N], as `torch.nn.functional.linear` does.
 
     Args:
         x_RK: at most 64 rows.
         weight_NK: contiguous, as `serves` demands.
+        out_RN: where to put it, contiguous.
         gelu: apply GELU (erf) to the outputs.
     """
     (rows, num_inputs), num_outputs = x_RK.shape, weight_NK.shape[0]
-    out_RN = x_RK.new_empty(rows, num_outputs)
+    if out_RN is None:
+        out_RN = x_RK.new_empty(rows, num_outputs)
     processors = torch.cuda.get_device_properties(x_RK.device).multi_processor_count
     tiling = _tiling(num_outputs, num_inputs, processors)
     num_tiles = num_outputs // tiling.columns
-    sums, arrived = _workspace(x_RK.device, num_tiles, tiling)
+    room = num_tiles * tiling.parts * MAX_ROWS * tiling.columns if tiling.parts > 1 else 1
+    sums, arrived = workspace(x_RK.device, room)
     _linear[(num_tiles * tiling.parts,)](
         TensorDescriptor.from_tensor(x_RK, [MAX_ROWS, tiling.inputs]),
         TensorDescriptor.from_tensor(weight_NK, [tiling.columns, tiling.inputs]),
@@ -64,8 +71,9 @@ def skinny_linear(x_RK: Tensor, weight_NK: Tensor, *, gelu: bool = False) -> Ten
         PARTS=tiling.parts,
         LINES=_FETCHED_LINES // tiling.columns,
         LINE=_LINE_BYTES // weight_NK.itemsize,
+        ROTATION=_ROTATION,
         GELU=gelu,
-        num_warps=4,
+        num_warps=tiling.warps,
         num_stages=tiling.stages,
         **EARLY,
     )
@@ -108,22 +116,6 @@ def _tiling(num_outputs: int, num_inputs: int, num_processors: int) -> _Tiling:
     return _Tiling(columns=columns, inputs=inputs, stages=stages, parts=parts)
 
 
-_workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-
-def _workspace(device: torch.device, num_tiles: int, tiling: _Tiling) -> tuple[Tensor, Tensor]:
-    """Return room for the parts' sums, and counters of parts that have arrived, all zero.
-
-    One for each device: kernels that use it run one after the other, and leave zeros behind.
-    """
-    needed = num_tiles * tiling.parts * MAX_ROWS * tiling.columns if tiling.parts > 1 else 1
-    if device not in _workspaces or _workspaces[device][0].numel() < needed:
-        counters = torch.zeros(4096, dtype=torch.int32, device=device)
-        sums = torch.empty(max(needed, 1 << 21), dtype=torch.float32, device=device)
-        _workspaces[device] = sums, counters
-    return _workspaces[device]
-
-
 @triton.jit
 def _linear(
     x_tiles,
@@ -142,6 +134,7 @@ def _linear(
     PARTS: tl.constexpr,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
+    ROTATION: tl.constexpr,
     GELU: tl.constexpr,
 ):
     tile = tl.program_id(0) // PARTS
@@ -150,11 +143,20 @@ def _linear(
     steps = K // B // PARTS
     first_input = part * steps * B
     column_C = tile * C + tl.arange(0, C)
-    line_L = tl.arange(0, LINES) * LINE
-    _fetch(weight + column_C[:, None].to(tl.int64) * K + first_input + line_L[None, :])
+    if LINES > 0:
+      line_L = tl.arange(0, LINES) * LINE
+      fetch(weight + column_C[:, None].to(tl.int64) * K + first_input + line_L[None, :])
     tl.extra.cuda.gdc_wait()
     sum_MC = tl.zeros([M, C], tl.float32)
-    for step in tl.range(0, steps, num_stages=STAGES):
+    if ROTATION == 1:
+        rotation = tile * steps // (N // C)
+    elif ROTATION == 2:
+        rotation = tile * 5 % steps
+    else:
+        rotation = 0
+    for number in tl.range(0, steps, num_stages=STAGES):
+        step = number + rotation
+        step = tl.where(step >= steps, step - steps, step)
         x_MB = x_tiles.load([0, first_input + step * B])
         weight_CB = weight_tiles.load([tile * C, first_input + step * B])
         sum_MC = tl.dot(x_MB, weight_CB.T, sum_MC)
@@ -183,16 +185,3 @@ def _linear(
             sum_MC.to(out.dtype.element_ty),
             mask=(row_M < rows)[:, None],
         )
-
-
-@triton.jit
-def _fetch(pointers):
-    """Bring the lines behind the pointers into L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
