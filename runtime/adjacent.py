@@ -11,11 +11,12 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     None where they do not follow each other in one storage.
     """
     first, last = tensors[0], tensors[-1]
-    expected, shape = first.data_ptr(), first.shape[1:]
+    expected, stride, width = first.data_ptr(), first.stride(), first.size(-1)
     for tensor in tensors:
         if (
             tensor.data_ptr() != expected
-            or tensor.shape[1:] != shape
+            or tensor.stride() != stride
+            or tensor.size(-1) != width
             or not tensor.is_contiguous()
         ):
             return None

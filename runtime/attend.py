@@ -41,9 +41,7 @@ def attend_cached(
         sinks_Q: likewise.
     """
     if cache is None:
-        return attend(
-            query_BQSD, key_BGSD, value_BGSV, scale=scale, window=window, sinks_Q=sinks_Q
-        )
+        return attend(query_BQSD, key_BGSD, value_BGSV, scale=scale, window=window, sinks_Q=sinks_Q)
     if window is None and sinks_Q is None and can_run_short_step_kernels(query_BQSD):
         from .kernels.decode_attention import decode_attention, serves
 

@@ -46,9 +46,17 @@ def test_loop_runs_every_slot(gated: bool, counts: list[int], grad: bool) -> Non
     assert actual.requires_grad == grad
 
 
-def test_loop_adds_biases() -> None:
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize("gated", [False, True])
+def test_loop_adds_biases(gated: bool, limit: float | None) -> None:
     slots = [
-        replace(make_expert(seed, gated=False, dtype=torch.float32), down_bias_H=torch.randn(H))
+        replace(
+            make_expert(seed, gated=gated, dtype=torch.float32),
+            gate_bias_F=torch.randn(F) if gated else None,
+            up_bias_F=torch.randn(F),
+            down_bias_H=torch.randn(H),
+            limit=limit,
+        )
         for seed in range(2)
     ]
     rows = torch.randn(5, H)
