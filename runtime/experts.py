@@ -15,11 +15,11 @@ from .linear import linear, linear_gelu
 
 # Rows of an expert from which one grouped product beats a product for each expert, by elements of
 # one of its matrices; bfloat16, two matrices. One H200, torch 2.11, milliseconds by matrix /
-# grouped (docs/log.md):
+# grouped (docs/log.md; with *: expert by expert / grouped):
 #   rows each                64           128          256          512          1024
 #   16 of 7168 x 2048    0.65 / 0.41  0.68 / 0.39  0.58 / 0.46  0.86 / 0.79  1.68 / 1.52
-#   8 of 4096 x 14336    0.62 / 0.77  0.68 / 0.65  0.85 / 0.81  1.54 / 1.50  3.01 / 3.07
-#   16 of 8192 x 32768   4.5  / 6.12  5.25 / 5.35  7.57 / 7.30  14.7 / 14.3  28.4 / 26.7
+#   8 of 4096 x 14336    0.63 / 0.66* 0.68 / 0.65  0.85 / 0.81  1.54 / 1.50  3.01 / 3.07
+#   16 of 8192 x 32768   4.53 / 6.12* 5.25 / 5.35  7.57 / 7.30  14.7 / 14.3  28.4 / 26.7
 # Experts of a few rows are read from memory and no more: the grouped product reads them slower.
 _GROUPED_FROM_ROWS = ((1 << 25, 0), (1 << 27, 100), (1 << 62, 200))
 
