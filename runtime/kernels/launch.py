@@ -2,8 +2,9 @@
 
 A decode step is some fifty kernels of microseconds, and between two of them the memory would idle
 while one drains and the next starts. Every kernel here is therefore started early, does what does
-not depend on the one before (an expert's weights can be fetched into the L2 cache), and then waits
-for it with `gdc_wait`; nothing another kernel writes may be touched before that.
+not depend on the one before (the first of a matrix can be copied into shared memory), and then
+waits for it with `gdc_wait`; nothing another kernel here writes may be read before that, only
+brought into L2. Weights are written by torch's kernels, which let nothing start before they ended.
 """
 
 from functools import cache
