@@ -104,7 +104,7 @@ def run_experts(
         # A padded dispatcher's empty slots have rows too.
         if grouped is not None and sum(rows_of_expert) == len(rows_RH):
             return _run_grouped(rows_RH, rows_of_expert, grouped)
-    if present and not torch.is_grad_enabled():
+    if present and rows_RH.is_cuda and not torch.is_grad_enabled():
         return _run_by_matrix(rows_RH, rows_of_slot, experts, present[0])
     parts = torch.split(rows_RH, list(rows_of_slot))
     outputs = [
