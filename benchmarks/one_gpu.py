@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import click
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epplan.launcher.bench_options import BenchOptions
-from epplan.planner.model import ModelSpec, load_model
+from epplan.planner.model import load_model
 from epplan.runtime import experts
 from epplan.runtime.attend import attend
 from epplan.runtime.bench_jobs import one_rank_job
@@ -32,6 +33,7 @@ from tests.runtime_cases import make_plan
 
 DEVICE = torch.device("cuda")
 RANKS = 16
+EXPERTS = ((16, 8192, 32768), (16, 7168, 2048), (8, 4096, 14336))
 FLOOR_BYTES_PER_S = 4.25e12  # reading, as measured before; the run's own copy stands beside it
 
 
@@ -133,28 +135,35 @@ def attention() -> None:
         emit("attention", kernel=name, ms=seconds * 1e3, tflop_per_s=flop / seconds / 1e12)
 
 
-def sixteen_experts(spec: ModelSpec) -> None:
-    """Time 16 experts on one GPU, as a loop, grouped and as chosen."""
-    hidden, width = spec.hidden_size, spec.expert_ffn_size
-    for dtype in (torch.float16, torch.bfloat16):
-        up = torch.randn(16, width, hidden, device=DEVICE, dtype=dtype) / math.sqrt(hidden)
-        down = torch.randn(16, hidden, width, device=DEVICE, dtype=dtype) / math.sqrt(width)
+def many_experts() -> None:
+    """Time the experts of one GPU: one by one, by matrix, grouped, and as chosen.
+
+    The ways take turns: one after the other, the later ones would find a hotter board.
+    """
+    for dtype, (number, hidden, width) in product((torch.float16, torch.bfloat16), EXPERTS):
+        up = torch.randn(number, width, hidden, device=DEVICE, dtype=dtype) / math.sqrt(hidden)
+        down = torch.randn(number, hidden, width, device=DEVICE, dtype=dtype) / math.sqrt(width)
         group = MlpWeights(gate_FH=None, up_FH=up, down_HF=down)
-        slots = [MlpWeights(gate_FH=None, up_FH=up[e], down_HF=down[e]) for e in range(16)]
+        slots = [MlpWeights(gate_FH=None, up_FH=up[e], down_HF=down[e]) for e in range(number)]
         for rows in (64, 128, 256, 512, 1024, 2048):
-            x = torch.randn(16 * rows, hidden, device=DEVICE, dtype=dtype)
-            counts = [rows] * 16
-            times = {
-                "loop": median_seconds(partial(loop, x, rows, slots), 9),
-                "grouped": median_seconds(partial(experts._run_grouped, x, counts, group), 9),
-                "run_experts": median_seconds(partial(run_experts, x, counts, slots), 9),
+            x = torch.randn(number * rows, hidden, device=DEVICE, dtype=dtype)
+            counts = [rows] * number
+            ways: dict[str, Callable[[], object]] = {
+                "loop": partial(loop, x, rows, slots),
+                "by_matrix": partial(experts._run_by_matrix, x, counts, slots, slots[0]),
+                "grouped": partial(experts._run_grouped, x, counts, group),
+                "run_experts": partial(run_experts, x, counts, slots),
             }
-            flop = 4 * 16 * rows * hidden * width
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(11):
+                for name, work in ways.items():
+                    times[name].append(device_seconds(work, DEVICE))
             emit(
-                "sixteen_experts",
+                "many_experts",
                 dtype=str(dtype).removeprefix("torch."),
+                experts=f"{number} of {hidden} x {width}",
                 rows=rows,
-                tflop_per_s={name: round(flop / s / 1e12) for name, s in times.items()},
+                ms={name: round(statistics.median(t[2:]) * 1e3, 3) for name, t in times.items()},
             )
 
 
@@ -193,7 +202,7 @@ def main(only: tuple[str, ...]) -> None:
         if "attention" in chosen:
             attention()
         if "experts" in chosen:
-            sixteen_experts(spec)
+            many_experts()
 
 
 if __name__ == "__main__":

@@ -10,16 +10,19 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
 
     None where they do not follow each other in one storage.
     """
-    first, expected = tensors[0], tensors[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
+    first, last = tensors[0], tensors[-1]
+    expected, stride, width = first.data_ptr(), first.stride(), first.size(-1)
     for tensor in tensors:
         if (
             tensor.data_ptr() != expected
-            or tensor.untyped_storage().data_ptr() != storage
+            or tensor.stride() != stride
+            or tensor.size(-1) != width
             or not tensor.is_contiguous()
-            or tensor.shape[1:] != first.shape[1:]
         ):
             return None
         expected += tensor.numel() * tensor.itemsize
+    # What begins and ends in one storage is in it all the way.
+    if first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr():
+        return None
     rows = sum(tensor.shape[0] for tensor in tensors)
     return first.as_strided((rows, *first.shape[1:]), first.stride())

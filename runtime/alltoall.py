@@ -17,7 +17,7 @@ from torch import Tensor
 from .channel import Channel
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer, checked_counts
 from .flight import Flight
-from .order import count, inverse, weighted_sum
+from .order import count, inverse, stable_order, weighted_sum
 from .wire import Wire
 
 
@@ -50,7 +50,7 @@ class _AllToAllTransfer(Transfer):
         self.counts = Counts(own_S=count(slot_N, channel.world_size * dispatcher.slots_per_rank))
         self._gathered = channel.gather_to_host(self.counts.own_S, routed.place)
         # (r0,s0), (r0,s1), (r1,s0), ...: sorted row -> row t * K + k
-        self._sort_N = slot_N.argsort(stable=True)
+        self._sort_N = stable_order(slot_N)
         sorted_NH = routed.x_TH.index_select(0, self._sort_N // routed.slot_TK.shape[1])
         self._written = self._wire.write(sorted_NH)
         # What is queued from here on, another micro-batch's attention, must not hold up the rows.
@@ -145,7 +145,7 @@ def slot_major(arriving_WP: Tensor, device: torch.device) -> Tensor | None:
     slot_R = repeat_each(
         torch.arange(slots_per_rank).repeat(num_ranks), arriving_WP.flatten(), device
     )
-    return slot_R.argsort(stable=True)
+    return stable_order(slot_R)
 
 
 def repeat_each(values: Tensor, times: Tensor, device: torch.device) -> Tensor:

@@ -9,11 +9,48 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from .kv_cache import KvCache
 from .own_kernels import can_run_kernels, can_run_short_step_kernels
 
 # torch's own kernels end at heads of 256; for 512 only its oldest remains, with a quarter of the
 # speed of ours (docs/log.md).
 _WIDE_HEAD = 512
+
+
+def attend_cached(
+    query_BQSD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSV: Tensor,
+    cache: KvCache | None,
+    layer: int,
+    *,
+    scale: float | None,
+    window: int | None = None,
+    sinks_Q: Tensor | None = None,
+) -> Tensor:
+    """Add new positions to a layer's cache and return what they read from all, [B, Q, S, V].
+
+    Args:
+        query_BQSD: of the new positions, as are keys and values.
+        key_BGSD: keys.
+        value_BGSV: values.
+        cache: None: the sequences begin and end with these positions.
+        layer: absolute number.
+        scale: as for `attend`, as are the others.
+        window: likewise.
+        sinks_Q: likewise.
+    """
+    if cache is None:
+        return attend(query_BQSD, key_BGSD, value_BGSV, scale=scale, window=window, sinks_Q=sinks_Q)
+    if window is None and sinks_Q is None and can_run_short_step_kernels(query_BQSD):
+        from .kernels.decode_attention import decode_attention, serves
+
+        if serves(query_BQSD, key_BGSD, value_BGSV):
+            keys, values, length = cache.extend(layer, key_BGSD, value_BGSV)
+            scale = query_BQSD.shape[3] ** -0.5 if scale is None else scale
+            return decode_attention(query_BQSD, key_BGSD, value_BGSV, keys, values, length, scale)
+    key_BGTD, value_BGTV = cache.update(layer, key_BGSD, value_BGSV)
+    return attend(query_BQSD, key_BGTD, value_BGTV, scale=scale, window=window, sinks_Q=sinks_Q)
 
 
 def attend(
@@ -42,15 +79,11 @@ def attend(
     if sinks_Q is not None or window is not None:
         return _attend_masked(query_BQSD, key_BGTD, value_BGTV, scale, window, sinks_Q)
     scale = query_BQSD.shape[3] ** -0.5 if scale is None else scale
-    if _is_wide(query_BQSD, key_BGTD, value_BGTV) and can_run_kernels(query_BQSD):
-        if num_queries > 1:
-            from .kernels.wide_attention import wide_attention
+    is_wide = _is_wide(query_BQSD, key_BGTD, value_BGTV)
+    if is_wide and num_queries > 1 and can_run_kernels(query_BQSD):
+        from .kernels.wide_attention import wide_attention
 
-            return wide_attention(query_BQSD, key_BGTD, value_BGTV, scale)
-        from .kernels.decode_attention import decode_attention, serves
-
-        if can_run_short_step_kernels(query_BQSD) and serves(query_BQSD, key_BGTD, value_BGTV):
-            return decode_attention(query_BQSD, key_BGTD, value_BGTV, scale)
+        return wide_attention(query_BQSD, key_BGTD, value_BGTV, scale)
     mask = None
     if 1 < num_queries < num_keys:
         mask = causal_lower_right(num_queries, num_keys)  # a kind of mask that kernels know

@@ -17,7 +17,7 @@ from torch import Tensor
 from epplan.planner.model import AttentionSpec, ModelSpec
 
 from .adjacent import adjacent
-from .attend import attend
+from .attend import attend, attend_cached
 from .kv_cache import KvCache
 from .linear import linear
 from .norm import LATENT_EPSILON, rms_norm
@@ -36,10 +36,11 @@ class AttentionStep:
 def attention_step(spec: ModelSpec, x_BSH: Tensor, cache: KvCache | None = None) -> AttentionStep:
     """Return the step that runs `x_BSH`, whose positions follow those in the cache."""
     first = 0 if cache is None else cache.length
-    position_S = torch.arange(first, first + x_BSH.shape[1], device=x_BSH.device)
-    return AttentionStep(
-        rotation=make_rotation(spec.attention, position_S), cache=cache, epsilon=spec.norm_epsilon
-    )
+    rotation = None
+    if spec.attention.rope_theta is not None:
+        position_S = torch.arange(first, first + x_BSH.shape[1], device=x_BSH.device)
+        rotation = make_rotation(spec.attention, position_S)
+    return AttentionStep(rotation=rotation, cache=cache, epsilon=spec.norm_epsilon)
 
 
 def attention_shapes(spec: AttentionSpec, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -86,13 +87,12 @@ def _grouped_query(
         query_BQSD = rms_norm(query_BQSD, weights.get("query_norm"), step.epsilon)
         key_BGSD = rms_norm(key_BGSD, weights.get("key_norm"), step.epsilon)
     query_BQSD, key_BGSD = rotate(query_BQSD, step.rotation), rotate(key_BGSD, step.rotation)
-    key_BGTD, value_BGTD = key_BGSD, value_BGSD
-    if step.cache is not None:
-        key_BGTD, value_BGTD = step.cache.update(layer, key_BGSD, value_BGSD)
-    return attend(
+    return attend_cached(
         query_BQSD,
-        key_BGTD,
-        value_BGTD,
+        key_BGSD,
+        value_BGSD,
+        step.cache,
+        layer,
         scale=_scale(spec, spec.head_dim),
         window=spec.window_of(layer),
         sinks_Q=weights.get("sinks"),

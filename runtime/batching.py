@@ -5,7 +5,7 @@ Shapes: T tokens, K experts per token, N = T x K rows, H hidden size.
 
 from torch import Tensor
 
-from .order import inverse
+from .order import inverse, stable_order
 from .own_kernels import can_run_short_step_kernels
 
 _MAX_ROWS = 1024  # every program compares its row with all others
@@ -20,5 +20,5 @@ def batch(x_TH: Tensor, slot_TK: Tensor) -> tuple[Tensor, Tensor]:
 
         rows_NH, place_N = batch_rows(x_TH, slot_N, top_k)
         return rows_NH, place_N.view_as(slot_TK)
-    sort_N = slot_N.argsort(stable=True)
+    sort_N = stable_order(slot_N)
     return x_TH.index_select(0, sort_N // top_k), inverse(sort_N).view_as(slot_TK)

@@ -35,6 +35,7 @@ class DecodeGraph(Generic[Outcome]):
 
     def __init__(self, step: Callable[[Tensor], Outcome], x_B1H: Tensor) -> None:
         self._x_B1H = x_B1H.clone()
+        self._step = step  # holds weights and caches, without which addresses would dangle
         beside = torch.cuda.Stream(x_B1H.device)  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode(), torch.cuda.stream(beside):

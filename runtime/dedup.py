@@ -19,7 +19,7 @@ from .alltoall import repeat_each, slot_major
 from .channel import Channel
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer, checked_counts
 from .flight import Flight
-from .order import count, number_within, weighted_sum
+from .order import count, number_within, stable_order, weighted_sum
 from .wire import Wire
 
 
@@ -59,7 +59,7 @@ class _DeduplicatedTransfer(Transfer):
         numbers = torch.cat([own_S, rows.rows_W])
         self._gathered = channel.gather_to_host(numbers, routed.place)
         # Choices in the order (r0,s0), (r0,s1), (r1,s0), ...: weight, and number of its row there.
-        self._sort_N = slot_N.argsort(stable=True)
+        self._sort_N = stable_order(slot_N)
         weight_N = routed.weights_TK.flatten().index_select(0, self._sort_N)
         number_N = rows.number_TK.flatten().index_select(0, self._sort_N)
         self._choices_N2 = torch.stack([weight_N, number_N.int().view(torch.float32)], dim=1)

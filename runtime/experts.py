@@ -3,7 +3,7 @@
 Shapes: R rows, H hidden size, F width of the MLP, P slots of this rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,14 @@ from .adjacent import adjacent
 from .linear import linear, linear_gelu
 
 # Rows of an expert from which one grouped product beats a product for each expert, by elements of
-# one of its matrices; bfloat16, two matrices. One H200, torch 2.11, milliseconds loop / grouped:
+# one of its matrices; bfloat16, two matrices. One H200, torch 2.11, milliseconds by matrix /
+# grouped (docs/log.md; with *: expert by expert / grouped):
 #   rows each                64           128          256          512          1024
-#   16 of 7168 x 2048    0.61 / 0.36  0.61 / 0.32  0.60 / 0.39  0.92 / 0.71  1.68 / 1.38
-#   8 of 4096 x 14336    0.63 / 0.66  0.66 / 0.57  0.86 / 0.73  1.58 / 1.44  2.90 / 2.90
-#   16 of 8192 x 32768   4.44 / 5.96  4.87 / 5.01  7.15 / 7.40  14.6 / 14.2  26.4 / 26.6
+#   16 of 7168 x 2048    0.65 / 0.41  0.68 / 0.39  0.58 / 0.46  0.86 / 0.79  1.68 / 1.52
+#   8 of 4096 x 14336    0.63 / 0.66* 0.68 / 0.65  0.85 / 0.81  1.54 / 1.50  3.01 / 3.07
+#   16 of 8192 x 32768   4.53 / 6.12* 5.25 / 5.35  7.57 / 7.30  14.7 / 14.3  28.4 / 26.7
 # Experts of a few rows are read from memory and no more: the grouped product reads them slower.
-_GROUPED_FROM_ROWS = ((1 << 25, 0), (1 << 27, 100), (1 << 62, 400))
+_GROUPED_FROM_ROWS = ((1 << 25, 0), (1 << 27, 100), (1 << 62, 200))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,25 +55,15 @@ class MlpWeights:
         return [tensor for tensor in every if tensor is not None]
 
 
-def mlp(x_RH: Tensor, weights: MlpWeights, out_RH: Tensor | None = None) -> Tensor:
-    """Return the MLP's output, [R, H].
-
-    Args:
-        x_RH: hidden states.
-        weights: of the MLP.
-        out_RH: where to put the output; without gradients only.
-    """
+def mlp(x_RH: Tensor, weights: MlpWeights) -> Tensor:
+    """Return the MLP's output, [R, H]."""
     if weights.gate_FH is None:
         inner_RF = linear_gelu(x_RH, weights.up_FH, weights.up_bias_F)
     else:
         up_RF = linear(x_RH, weights.up_FH, weights.up_bias_F)
         gate_RF = linear(x_RH, weights.gate_FH, weights.gate_bias_F)
         inner_RF = _activate(up_RF, gate_RF, weights)
-    if out_RH is None:
-        return linear(inner_RF, weights.down_HF, weights.down_bias_H)
-    if weights.down_bias_H is None:
-        return torch.mm(inner_RF, weights.down_HF.T, out=out_RH)
-    return torch.addmm(weights.down_bias_H, inner_RF, weights.down_HF.T, out=out_RH)
+    return linear(inner_RF, weights.down_HF, weights.down_bias_H)
 
 
 def _activate(up_RF: Tensor, gate_RF: Tensor | None, weights: MlpWeights) -> Tensor:
@@ -113,19 +104,57 @@ def run_experts(
         # A padded dispatcher's empty slots have rows too.
         if grouped is not None and sum(rows_of_expert) == len(rows_RH):
             return _run_grouped(rows_RH, rows_of_expert, grouped)
+    if present and rows_RH.is_cuda and not torch.is_grad_enabled():
+        return _run_by_matrix(rows_RH, rows_of_slot, experts, present[0])
     parts = torch.split(rows_RH, list(rows_of_slot))
-    if torch.is_grad_enabled():
-        outputs = [
-            rows if expert is None else mlp(rows, expert)
-            for rows, expert in zip(parts, experts, strict=True)
-        ]
-        return torch.cat(outputs)
-    out_RH = torch.empty_like(rows_RH)
-    out_parts = torch.split(out_RH, list(rows_of_slot))
-    for rows, out, expert in zip(parts, out_parts, experts, strict=True):
-        if expert is not None and len(rows):
-            mlp(rows, expert, out)
-    return out_RH
+    outputs = [
+        rows if expert is None else mlp(rows, expert)
+        for rows, expert in zip(parts, experts, strict=True)
+    ]
+    return torch.cat(outputs)
+
+
+def _run_by_matrix(
+    rows_RH: Tensor,
+    rows_of_slot: Sequence[int],
+    experts: Sequence[MlpWeights | None],
+    alike: MlpWeights,
+) -> Tensor:
+    """Return the output of each row: the first matrix of every expert, then the second of every.
+
+    Faster than expert by expert at nearly every size measured (docs/log.md): all rows are activated
+    at once, and the host is sooner ahead of the device. By torch's products also for few rows: ours
+    take the host longer to start.
+    """
+
+    def products(
+        x_RX: Tensor, matrix: Callable[[MlpWeights], tuple[Tensor, Tensor | None]], width: int
+    ) -> Tensor:
+        out_RY = x_RX.new_empty(len(x_RX), width)
+        counts = list(rows_of_slot)
+        parts = zip(torch.split(x_RX, counts), torch.split(out_RY, counts), experts, strict=True)
+        for x, out, expert in parts:
+            if expert is None or not len(x):
+                continue
+            weight, bias = matrix(expert)
+            if bias is None:
+                torch.mm(x, weight.T, out=out)
+            else:
+                torch.addmm(bias, x, weight.T, out=out)
+        return out_RY
+
+    width, hidden = alike.up_FH.shape
+    up_RF = products(rows_RH, lambda expert: (expert.up_FH, expert.up_bias_F), width)
+    gate_RF = None
+    if alike.gate_FH is not None:
+        gate_RF = products(rows_RH, _gate, width)
+    inner_RF = _activate(up_RF, gate_RF, alike)
+    return products(inner_RF, lambda expert: (expert.down_HF, expert.down_bias_H), hidden)
+
+
+def _gate(expert: MlpWeights) -> tuple[Tensor, Tensor | None]:
+    assert expert.gate_FH is not None
+    return expert.gate_FH, expert.gate_bias_F
 
 
 def stack_experts(experts: Sequence[MlpWeights | None]) -> tuple[MlpWeights | None, ...]:

@@ -37,14 +37,26 @@ class KvCache:
 
         The result is a view of the buffers: it holds until the next `truncate`.
         """
+        keys, values, first = self.extend(layer, key_BGSD, value_BGSV)
+        _write(keys, values, key_BGSD, value_BGSV, first)
+        length = self._lengths[layer]
+        return keys[:, :, :length], values[:, :, :length]
+
+    def extend(
+        self, layer: int, key_BGSD: Tensor, value_BGSV: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """Count one step's positions in, for the caller to write.
+
+        Returns:
+            the layer's buffers, [B, G, C, D and V], and the place of the first new position.
+        """
         first = self._lengths[layer]
         length = first + key_BGSD.shape[2]
         keys = _with_room(self._keys[layer], key_BGSD, first, length, self._capacity)
         values = _with_room(self._values[layer], value_BGSV, first, length, self._capacity)
-        _write(keys, values, key_BGSD, value_BGSV, first)
         self._keys[layer], self._values[layer] = keys, values
         self._lengths[layer] = length
-        return keys[:, :, :length], values[:, :, :length]
+        return keys, values, first
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` positions."""

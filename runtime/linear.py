@@ -8,10 +8,13 @@ from torch import Tensor
 
 from .own_kernels import can_run_short_step_kernels
 
+_MOST_ROWS = 64
+_LEAST_ELEMENTS = 1 << 25  # smaller matrices may stay in L2, and were not measured
+
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Return x [..., K] times the matrix, [..., N]."""
-    if bias_N is None and can_run_short_step_kernels(x):
+    if bias_N is None and _is_short(x, weight_NK) and can_run_short_step_kernels(x):
         from .kernels.skinny_linear import serves, skinny_linear
 
         x_RK = x.reshape(-1, x.shape[-1])
@@ -22,9 +25,14 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
 
 def linear_gelu(x_RK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Return GELU of the product, [R, N]."""
-    if bias_N is None and can_run_short_step_kernels(x_RK):
+    if bias_N is None and _is_short(x_RK, weight_NK) and can_run_short_step_kernels(x_RK):
         from .kernels.skinny_linear import serves, skinny_linear
 
         if serves(x_RK, weight_NK):
             return skinny_linear(x_RK, weight_NK, gelu=True)
     return F.gelu(F.linear(x_RK, weight_NK, bias_N))
+
+
+def _is_short(x: Tensor, weight_NK: Tensor) -> bool:
+    """Return whether asking further is worth the host's time: few rows, and a large matrix."""
+    return x.numel() <= _MOST_ROWS * x.shape[-1] and weight_NK.numel() >= _LEAST_ELEMENTS

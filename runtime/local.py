@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer
-from .order import count, inverse, weighted_sum
+from .order import count, inverse, stable_order, weighted_sum
 
 
 class Local(Dispatcher):
@@ -28,7 +28,7 @@ class _LocalTransfer(Transfer):
         slot_N = routed.slot_TK.flatten()
         self.counts = Counts(own_S=count(slot_N, channel.world_size * slots_per_rank))
         self._on_host = channel.to_host(self.counts.own_S)
-        self._sort_N = slot_N.argsort(stable=True)
+        self._sort_N = stable_order(slot_N)
         self._rows_NH = routed.x_TH.index_select(0, self._sort_N // routed.slot_TK.shape[1])
 
     def send(self) -> None:

@@ -18,6 +18,14 @@ def count(key_N: Tensor, num_keys: int) -> Tensor:
     return counts.scatter_add_(0, key_N, torch.ones_like(key_N))
 
 
+def stable_order(key_N: Tensor) -> Tensor:
+    """Return the order that sorts rows by key, and equal ones by number, int64 [N].
+
+    As 32-bit keys, which take half the passes of 64 and are wide enough for slots.
+    """
+    return key_N.int().argsort(stable=True)
+
+
 def inverse(order_N: Tensor) -> Tensor:
     """Return the permutation that undoes `order_N`."""
     numbers_N = torch.arange(len(order_N), device=order_N.device)
@@ -31,10 +39,19 @@ def number_within(key_N: Tensor, counts: Tensor) -> Tensor:
         key_N: of each row.
         counts: rows of each key.
     """
-    order_N = key_N.argsort(stable=True)
+    order_N = stable_order(key_N)
     first_N = (counts.cumsum(0) - counts).index_select(0, key_N.index_select(0, order_N))
     numbers_N = torch.arange(len(key_N), device=key_N.device) - first_N
     return torch.empty_like(key_N).scatter_(0, order_N, numbers_N)
+
+
+def look_up(table: Tensor, index_TK: Tensor) -> Tensor:
+    """Return table[index_TK]; all int64."""
+    if can_run_short_step_kernels(index_TK):
+        from .kernels.decode_rows import look_up as look_up_kernel
+
+        return look_up_kernel(table, index_TK)
+    return table[index_TK]
 
 
 def weighted_sum(rows_NH: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:

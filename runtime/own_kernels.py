@@ -8,10 +8,12 @@ import os
 import torch
 from torch import Tensor
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.int64)
+
 
 def can_run_kernels(x: Tensor) -> bool:
-    """Return whether the kernels take x: half precision, on Hopper, without gradients."""
-    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or torch.is_grad_enabled():
+    """Return whether the kernels take x: half precision or indices, on Hopper, no gradients."""
+    if not x.is_cuda or x.dtype not in _DTYPES or torch.is_grad_enabled():
         return False
     try:
         from .kernels import wide_attention  # noqa: F401 (the one that needs the newest Triton)

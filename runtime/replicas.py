@@ -21,7 +21,7 @@ from torch import Tensor
 
 from epplan.planner.plan import Plan
 
-from .order import count, number_within
+from .order import count, look_up, number_within
 
 ReplicaChoice = Literal["share", "nearest"]
 # In units of 2**-32: steps of the golden ratio, and of sqrt(2) to start every rank elsewhere.
@@ -42,7 +42,7 @@ class Replicas:
     def choose(self, experts_TK: Tensor) -> Tensor:
         """Return the slot of each choice, [T, K], and number the tokens on."""
         if self.slot_EC.shape[1] == 1:
-            return self.slot_EC[:, 0][experts_TK]
+            return look_up(self.slot_EC.flatten(), experts_TK)
         expert_N = experts_TK.flatten()
         counts_E = count(expert_N, len(self.slot_EC))
         number_N = number_within(expert_N, counts_E) + self.next_E[expert_N]

@@ -7,10 +7,12 @@ from torch import Tensor
 from epplan.launcher.bench_options import BenchOptions
 from epplan.planner.model import AttentionSpec, ModelSpec, RouterSpec
 from epplan.runtime.adjacent import adjacent
+from epplan.runtime.attend import attend_cached
 from epplan.runtime.attention import attention, attention_step, join_projections
 from epplan.runtime.clock import PhaseClock
 from epplan.runtime.decode import DecodeGraph
 from epplan.runtime.filled_cache import filled_cache
+from epplan.runtime.kv_cache import KvCache
 from epplan.runtime.layers import build_layers
 from epplan.runtime.model import ExpertParallelModel
 from epplan.runtime.one_rank import OneRank
@@ -100,7 +102,9 @@ def test_a_decode_step_and_its_graph_equal_torchs_kernels(monkeypatch: pytest.Mo
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.parametrize("rows", [1, 33, 64])
-@pytest.mark.parametrize(("outputs", "inputs"), [(8192, 8192), (24576, 8192), (8192, 32768)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(8192, 8192), (24576, 8192), (32768, 8192), (8192, 32768)]
+)
 def test_skinny_products(rows: int, outputs: int, inputs: int) -> None:
     from epplan.runtime.kernels.skinny_linear import serves, skinny_linear
 
@@ -119,6 +123,36 @@ def test_skinny_products(rows: int, outputs: int, inputs: int) -> None:
         actual = skinny_linear(x, weight, gelu=True).float()
     gelu = torch.nn.functional.gelu(expected)
     assert (actual - gelu).norm() / gelu.norm() < 1e-3
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("length", [0, 1, 8, 50, 129])
+def test_one_position_joins_the_cache_and_reads_it(length: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(length)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float16)
+
+    query, key, value = (
+        torch.unflatten(part, -1, (8, 512)).transpose(1, 2)
+        for part in random(40, 1, 3 * 8 * 512).chunk(3, -1)
+    )
+    cached = random(2, 40, 8, max(length, 1), 512)[:, :, :, :length]
+    with torch.inference_mode():
+        caches = [KvCache(1), KvCache(1)]
+        for cache in caches:
+            cache.update(0, *cached)
+        actual = attend_cached(query, key, value, caches[0], 0, scale=None)
+        keys, values = caches[1].update(0, key, value)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query.float(), keys.float(), values.float()
+        )
+        torch.testing.assert_close(actual.float(), expected, atol=2e-3, rtol=2e-3)
+        assert caches[0].length == length + 1
+        ours, torchs = (cache.update(0, key, key) for cache in caches)
+    assert torch.equal(ours[0], torchs[0])
+    assert torch.equal(ours[1], torchs[1])
 
 
 @pytest.mark.gpu
@@ -149,11 +183,14 @@ def test_rows_between_products(top_k: int) -> None:
         atol=2e-3,
         rtol=2e-3,
     )
+    table = torch.randperm(5, generator=generator, device="cuda")
+    assert torch.equal(decode_rows.look_up(table, slot_TK), table[slot_TK])
     for num_experts in (5, 16, 40):
         router = torch.randn(num_experts, 384, generator=generator, device="cuda")
-        expected = x.double() @ router.double().T
-        actual = router_logits(x, router).double()
-        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
+        for tokens in (x, x.repeat(60, 1)):  # many programs of a block, and few
+            expected = tokens.double() @ router.double().T
+            actual = router_logits(tokens, router).double()
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
     router = torch.randn(16, 384, generator=generator, device="cuda")
     weights_T1, experts_T1 = decode_rows.route_best(x, router)
     best = (x.float() @ router.T).softmax(-1).max(-1, keepdim=True)

@@ -43,19 +43,31 @@ def test_loop_runs_every_slot(gated: bool, counts: list[int], grad: bool) -> Non
     with torch.set_grad_enabled(grad):
         actual = run_experts(rows, counts, with_empty)
         torch.testing.assert_close(actual, one_by_one(rows, counts, with_empty))
+        if not grad:
+            by_matrix = experts._run_by_matrix(rows, counts, with_empty, slots[0])
+            torch.testing.assert_close(actual, by_matrix)
     assert actual.requires_grad == grad
 
 
-def test_loop_adds_biases() -> None:
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize("gated", [False, True])
+def test_loop_adds_biases(gated: bool, limit: float | None) -> None:
     slots = [
-        replace(make_expert(seed, gated=False, dtype=torch.float32), down_bias_H=torch.randn(H))
+        replace(
+            make_expert(seed, gated=gated, dtype=torch.float32),
+            gate_bias_F=torch.randn(F) if gated else None,
+            up_bias_F=torch.randn(F),
+            down_bias_H=torch.randn(H),
+            limit=limit,
+        )
         for seed in range(2)
     ]
     rows = torch.randn(5, H)
+    expected = one_by_one(rows, [2, 3], [*slots])
     with torch.inference_mode():
-        torch.testing.assert_close(
-            run_experts(rows, [2, 3], slots), one_by_one(rows, [2, 3], [*slots])
-        )
+        torch.testing.assert_close(run_experts(rows, [2, 3], slots), expected)
+        by_matrix = experts._run_by_matrix(rows, [2, 3], slots, slots[0])
+        torch.testing.assert_close(by_matrix, expected)
 
 
 @pytest.mark.parametrize("gated", [False, True])

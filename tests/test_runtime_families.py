@@ -26,17 +26,22 @@ MICRO_BATCHES = 2  # with one sequence a rank, one of them is empty
 
 
 def logits_of_rank(
-    rank: int, plan: Plan, folder: Path, tokens: Tensor, dispatcher: str = "auto"
+    rank: int,
+    plan: Plan,
+    folder: Path,
+    tokens: Tensor,
+    dispatcher: str = "auto",
+    device: torch.device = CPU,
 ) -> tuple[Tensor, Tensor]:
     """Return the logits of this rank's sequences: all at once, and token by token.
 
     A padded dispatcher has room for one row only, so that steps are run again.
     """
-    weights = open_checkpoint(folder, plan.model, device=CPU, dtype=torch.float32)
+    weights = open_checkpoint(folder, plan.model, device=device, dtype=torch.float32)
     assert not checkpoint_problems(weights)
-    own = tokens.chunk(plan.world_size)[rank]
+    own = tokens.to(device).chunk(plan.world_size)[rank]
     options = Options(
-        backend="gloo",
+        backend="gloo" if device == CPU else "nccl",
         sequences=own.shape[0],
         sequence_length=LENGTH,
         steps=1,
@@ -45,7 +50,7 @@ def logits_of_rank(
         micro_batches=MICRO_BATCHES,
         dispatcher=dispatcher,
     )
-    model = build_model(plan, options, choose(plan, options, CPU), weights, rank)
+    model = build_model(plan, options, choose(plan, options, device), weights, rank)
     head = build_head(weights)
     reran = []
 

@@ -242,6 +242,7 @@ def test_metrics_that_cannot_be_written_stop_the_run(tmp_path: Path) -> None:
         ["--dispatcher=alltoall", "--gating-bias=0.001", "--drop-beyond=1"],
         ["--dispatcher=padded", "--micro-batches=2", "--drop-beyond=1"],
         ["--dispatcher=padded", "--gating-bias=0.001"],
+        ["--dispatcher=alltoall", "--rebalance-drift=0.1"],
     ],
 )
 def test_upkeep_on_a_gpu(tmp_path: Path, options: list[str]) -> None:

@@ -10,7 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import EARLY
+from .launch import EARLY, workspace
+
+_TOKENS = 16  # of a router program
+_INPUTS = 512  # likewise
+_GROUPS = 8  # parts of a program's inputs, a warp each
 
 
 def add_rms_norm(
@@ -41,21 +45,41 @@ def add_rms_norm(
 
 def route_best(h_TH: Tensor, router_EH: Tensor) -> tuple[Tensor, Tensor]:
     """Return weights_T1 (float32) and experts_T1 of softmax routing to the best expert."""
-    num_tokens, width = h_TH.shape
+    (num_tokens, width), num_experts = h_TH.shape, router_EH.shape[0]
     weights_T1 = torch.empty(num_tokens, 1, dtype=torch.float32, device=h_TH.device)
     experts_T1 = torch.empty(num_tokens, 1, dtype=torch.int64, device=h_TH.device)
-    _route_best[(num_tokens,)](
+    blocks, parts = triton.cdiv(num_tokens, _TOKENS), triton.cdiv(width, _INPUTS)
+    padded = max(16, triton.next_power_of_2(num_experts))
+    sums, arrived = workspace(h_TH.device, blocks * parts * _TOKENS * padded)
+    _route_best[(blocks * parts,)](
         h_TH,
         router_EH,
+        sums,
+        arrived,
         weights_T1,
         experts_T1,
+        num_tokens,
+        num_experts,
         width,
-        E=router_EH.shape[0],
-        BLOCK=1024,
-        num_warps=16,
+        parts,
+        M=_TOKENS,
+        N=padded,
+        G=_GROUPS,
+        B=_INPUTS // _GROUPS,
+        P=triton.next_power_of_2(parts),
+        num_warps=_GROUPS,
         **EARLY,
     )
     return weights_T1, experts_T1
+
+
+def look_up(table: Tensor, index_TK: Tensor) -> Tensor:
+    """Return table[index], both int64."""
+    out_TK = torch.empty_like(index_TK)
+    _look_up[(triton.cdiv(index_TK.numel(), 1024),)](
+        table, index_TK, out_TK, index_TK.numel(), BLOCK=1024, num_warps=4, **EARLY
+    )
+    return out_TK
 
 
 def batch_rows(x_TH: Tensor, slot_N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -151,24 +175,69 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _route_best(h, router, weights, experts, H, E: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    expert_E = tl.arange(0, E)
-    logit_EB = tl.zeros([E, BLOCK], tl.float32)
+def _route_best(
+    h,
+    router,
+    sums,
+    arrived,
+    weights,
+    experts,
+    T,
+    E,
+    H,
+    parts,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    B: tl.constexpr,
+    P: tl.constexpr,
+):
+    block = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    token_M = block * M + tl.arange(0, M)
+    expert_N = tl.arange(0, N)
+    column_GB = (part * G + tl.arange(0, G)[:, None]) * B + tl.arange(0, B)[None, :]
+    inside_GB = column_GB < H
+    tl.extra.cuda.gdc_launch_dependents()
+    router_GBN = tl.load(
+        router + expert_N[None, None, :] * H + column_GB[:, :, None],
+        mask=(expert_N < E)[None, None, :] & inside_GB[:, :, None],
+        other=0.0,
+    )
+    tl.extra.cuda.gdc_wait()
+    h_GMB = tl.load(
+        h + token_M[None, :, None].to(tl.int64) * H + column_GB[:, None, :],
+        mask=(token_M < T)[None, :, None] & inside_GB[:, None, :],
+        other=0.0,
+    )
+    logit_GMN = tl.dot(h_GMB.to(tl.float32), router_GBN, input_precision="tf32x3")
+    offset_MN = tl.arange(0, M)[:, None] * N + expert_N[None, :]
+    tl.store(sums + tl.program_id(0) * M * N + offset_MN, tl.sum(logit_GMN, 0))
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + block, 1, sem="acq_rel") == parts - 1:
+        # All parts at once and always in the same order, whichever came last.
+        part_P = tl.arange(0, P)
+        logit_PMN = tl.load(
+            sums + (block * parts + part_P)[:, None, None] * M * N + offset_MN[None, :, :],
+            mask=(part_P < parts)[:, None, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        logit_MN = tl.sum(logit_PMN, 0)
+        logit_MN = tl.where((expert_N < E)[None, :], logit_MN, -float("inf"))
+        power_MN = tl.exp(logit_MN - tl.max(logit_MN, 1)[:, None])
+        tl.store(weights + token_M, 1.0 / tl.sum(power_MN, 1), mask=token_M < T)
+        tl.store(experts + token_M, tl.argmax(logit_MN, 1).to(tl.int64), mask=token_M < T)
+        tl.store(arrived + block, 0)
+
+
+@triton.jit
+def _look_up(table, index, out, number, BLOCK: tl.constexpr):
+    place_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
-    for first in range(0, H, BLOCK):
-        column_B = first + tl.arange(0, BLOCK)
-        inside_B = column_B < H
-        h_B = tl.load(h + token * H + column_B, mask=inside_B, other=0.0).to(tl.float32)
-        router_EB = tl.load(
-            router + expert_E[:, None] * H + column_B[None, :], mask=inside_B[None, :], other=0.0
-        )
-        logit_EB += router_EB * h_B[None, :]
-    logit_E = tl.sum(logit_EB, 1)
-    power_E = tl.exp(logit_E - tl.max(logit_E, 0))
-    tl.store(weights + token, 1.0 / tl.sum(power_E, 0))
-    tl.store(experts + token, tl.argmax(logit_E, 0).to(tl.int64))
+    index_B = tl.load(index + place_B, mask=place_B < number, other=0)
+    tl.store(out + place_B, tl.load(table + index_B), mask=place_B < number)
 
 
 @triton.jit
