@@ -26,6 +26,12 @@ from .solve import LayerSolution, Solution
 from .traffic import Traffic
 
 _SAME = 1 + 1e-6  # times closer than this are equal
+_TRANSFERS = {
+    "per-choice": "one row per (token, expert) crosses the network",
+    "direct": "one row per (token, rank) travels, however many of its experts are there",
+    "node-dedup": "one row per (token, host or NVLink domain) crosses the network, to the GPU with "
+    "the sender's number, which forwards it inside; combine is the mirror image",
+}
 
 
 def assemble_plan(
@@ -76,6 +82,8 @@ def assemble_plan(
             tokens_per_rank=traffic.tokens_per_rank,
             source_ranks=traffic.source_ranks,
             windows=traffic.windows,
+            transfer=problem.transfer,
+            keep_groups=problem.keep_groups,
         ),
         ranks=_ranks(cluster, problem),
         slots_per_rank=slots_per_rank,
@@ -157,6 +165,8 @@ def _layer_cost(problem: Problem, number: int, layer: LayerSolution) -> LayerCos
 
 def _binding(problem: Problem, number: int, layer: LayerSolution) -> str:
     phase = _longest(layer.evaluation)
+    if problem.transfer == "node-dedup" and phase.name != "compute":
+        return f"{phase.name}: {phase.worst}"  # its rows are for a whole island's experts
     return f"{phase.name}: {phase.worst}{_whose(problem, number, layer, phase)}"
 
 
@@ -191,7 +201,7 @@ def _verdict(problem: Problem, number: int, layer: LayerSolution) -> str:
     )
     if seconds > layer.bound_s * _SAME:
         return f"within {1 - layer.bound_s / seconds:.2%} of any placement; {found}"
-    if seconds > layer.floor_s * _SAME or problem.replication.extra:
+    if seconds > layer.floor_s * _SAME or problem.replication.extra or problem.sets is not None:
         return f"no placement is faster; {found}"
     hot, bound = _with_a_replica(problem, number)
     text = f"no placement is faster: one expert alone takes this long anywhere; {found}"
@@ -282,7 +292,7 @@ def _assumptions(problem: Problem) -> tuple[str, ...]:
     ]
     return (
         *_replication(problem),
-        f"one row per (token, expert) crosses the network; {_objective(problem)}",
+        f"{_TRANSFERS[problem.transfer]}; {_objective(problem)}",
         "attention, shared experts and dense layers are left out: placement does not change them",
         f"{' and '.join(rates)} are rated x efficiency of hardware profiles, not measured here",
         f"{MEMORY_HEADROOM:.0%} of every GPU's memory is kept free",

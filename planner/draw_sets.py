@@ -18,7 +18,7 @@ import numpy as np
 from .token_sets import Floats, Ints, TokenSets, aggregated
 
 _SETS = 32768  # of a layer and all its windows, about: what search takes seconds for
-_MOST_ORDERS = 64
+_MOST_ORDERS = 128
 _ROUNDING = 1e-9
 
 

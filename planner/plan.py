@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from epplan.errors import InputError
 from epplan.files import parse_yaml, read_text, validate, write_atomically
 
+from .forwarding import TransferMode
 from .model import ModelSpec
 
 SCHEMA_VERSION = 1
@@ -64,6 +65,8 @@ class Workload(_Record):
     tokens_per_rank: int = Field(gt=0)
     source_ranks: int = Field(gt=0)  # 1: the same expert mix was assumed on every rank
     windows: int = Field(gt=0)  # averaged
+    transfer: TransferMode = "per-choice"  # how a token's copies travel
+    keep_groups: bool = False  # every routing group sits on one host
 
 
 class LayerCost(_Record):

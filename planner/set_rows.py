@@ -97,7 +97,7 @@ class SetLayer:
     @property
     def num_experts(self) -> int:
         """Experts to place."""
-        return self.counts.shape[2]
+        return int(self.counts.shape[2])
 
     @property
     def phases(self) -> tuple[Timed, ...]:
@@ -107,7 +107,8 @@ class SetLayer:
     @property
     def floor_s(self) -> float:
         """A lower bound on any placement, from single experts."""
-        return self.total([phase.floor_s for phase in (*self.transfers, *self.others)])
+        floors = [phase.floor_s for phase in self.transfers]
+        return self.total([*floors, *(phase.floor_s for phase in self.others)])
 
     def reached(self, window: int, placement: Placement) -> tuple[Floats, ...]:
         """Return the tokens that reach the places of each level, [sources, places] each."""

@@ -29,15 +29,17 @@ from .replicas import (
     place_replicated,
     start_with_replicas,
 )
-from .rows import RowBuilder
+from .rows import LayerRows, RowBuilder
 from .search import NoRoomError, contiguous
+from .set_levels import SetTask, place_with_sets, start_with_sets
+from .set_rows import SetRowBuilder
 from .terms import gpu_terms
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
-AnyTask = Task | tuple[ReplicatedTask, LayerPlacement]
+AnyTask = Task | tuple[ReplicatedTask, LayerPlacement] | tuple[SetTask, LayerPlacement]
 Capacity = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
 
@@ -136,6 +138,7 @@ class _Work:
         self.progress = progress
         self.cells = builder.cells()
         self.same_as = _equal_layers(problem)
+        self.set_builder = None if problem.sets is None else SetRowBuilder(problem)
         self.rows = {layer: builder.layer(layer) for layer in sorted(set(self.same_as))}
         self.best = {layer: self._start(layer) for layer in self.rows}
         self.joint_bound_s = 0.0
@@ -158,6 +161,8 @@ class _Work:
             yield _layer_solution(self.problem, layer, self.best[twin], self.capacity[layer])
 
     def _start(self, layer: int) -> LayerPlacement:
+        if self.set_builder is not None:
+            return start_with_sets(self._with_sets(layer, self.capacity[layer]))
         if not self.problem.replication.extra:
             return in_id_order(self.rows[layer], self.capacity[layer])
         try:
@@ -166,9 +171,21 @@ class _Work:
             raise no_room_for_copies(self.problem) from None
 
     def _task(self, layer: int) -> AnyTask:
+        if self.set_builder is not None:
+            return self._with_sets(layer, self.capacity[layer]), self.best[layer]
         if self.problem.replication.extra:
             return self._replicated(layer, self.capacity[layer]), self.best[layer]
         return self.rows[layer], self.cells, self.capacity[layer], self.best[layer]
+
+    def _with_sets(self, layer: int, capacity: Capacity) -> SetTask:
+        assert self.set_builder is not None
+        return SetTask(
+            layer=self.set_builder.layer(layer),
+            by_counts=self.rows[layer],
+            island=self.problem.routes.island,
+            cells=self.cells,
+            capacity=capacity,
+        )
 
     def _replicated(self, layer: int, capacity: Capacity) -> ReplicatedTask:
         hosts = list(dict.fromkeys(gpu.host for gpu in self.problem.gpus))
@@ -205,17 +222,21 @@ class _Work:
         for layer, rows in self.rows.items():
             # The placement keeps its share of memory; the bound must hold without such shares.
             free = np.full_like(self.capacity[layer], self.problem.experts_per_gpu)
-            bound = (
-                bound_with_replicas(self._replicated(layer, free), self.effort)
-                if self.problem.replication.extra
-                else place_layer(
-                    (rows, self.cells, free, in_id_order(rows, free)), self.effort
-                ).bound_s
-            )
+            bound = self._bound_with(layer, rows, free)
             placed = _place(self._task(layer), self.effort)
             self._take(layer, replace(placed, bound_s=min(bound, placed.seconds)))
-        if small and not self.problem.replication.extra:
+        linear = self.set_builder is None and not self.problem.replication.extra
+        if small and linear:
             self._solve_jointly()
+
+    def _bound_with(self, layer: int, rows: LayerRows, capacity: Capacity) -> float:
+        if self.set_builder is not None:
+            task = self._with_sets(layer, capacity)
+            return place_with_sets(task, start_with_sets(task), self.effort).bound_s
+        if self.problem.replication.extra:
+            return bound_with_replicas(self._replicated(layer, capacity), self.effort)
+        start = in_id_order(rows, capacity)
+        return place_layer((rows, self.cells, capacity, start), self.effort).bound_s
 
     def _solve_jointly(self) -> None:
         terms = {layer: gpu_terms(self.rows[twin]) for layer, twin in enumerate(self.same_as)}
@@ -250,6 +271,8 @@ def _place_within(task: AnyTask, effort: Effort, budget_s: float) -> LayerPlacem
 def _place(task: AnyTask, effort: Effort) -> LayerPlacement:
     if isinstance(task[0], ReplicatedTask):
         return place_replicated(task[0], task[1], effort)
+    if isinstance(task[0], SetTask):
+        return place_with_sets(task[0], task[1], effort)
     return place_layer(task, effort)
 
 
@@ -262,9 +285,17 @@ def _equal_layers(problem: Problem) -> list[int]:
         return list(range(problem.model.num_moe_layers))
     first: dict[bytes, int] = {}
     return [
-        first.setdefault(problem.counts[:, layer].tobytes(), layer)
+        first.setdefault(_traffic_key(problem, layer), layer)
         for layer in range(problem.model.num_moe_layers)
     ]
+
+
+def _traffic_key(problem: Problem, layer: int) -> bytes:
+    parts = [problem.counts[:, layer].tobytes()]
+    for window in problem.sets or ():
+        sets = window[layer]
+        parts += [sets.source.tobytes(), sets.experts.tobytes(), sets.weight.tobytes()]
+    return b"|".join(parts)
 
 
 def _status(reached: float, wanted: float) -> Status:
