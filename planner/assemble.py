@@ -199,9 +199,12 @@ def _verdict(problem: Problem, number: int, layer: LayerSolution) -> str:
         if gain > _SAME
         else "no better than contiguous"
     )
+    if layer.free_bound_s is not None:
+        found += f"; without whole groups the bound is {format_time(layer.free_bound_s)}"
     if seconds > layer.bound_s * _SAME:
         return f"within {1 - layer.bound_s / seconds:.2%} of any placement; {found}"
-    if seconds > layer.floor_s * _SAME or problem.replication.extra or problem.sets is not None:
+    special = problem.replication.extra or problem.sets is not None or problem.keep_groups
+    if seconds > layer.floor_s * _SAME or special:
         return f"no placement is faster; {found}"
     hot, bound = _with_a_replica(problem, number)
     text = f"no placement is faster: one expert alone takes this long anywhere; {found}"
@@ -254,6 +257,8 @@ def _certificate(
 
 def _copies(problem: Problem) -> str:
     extra = problem.replication.extra
+    if problem.keep_groups:
+        return "one copy of each expert, whole routing groups on a host"
     if not extra:
         return "one copy of each expert"
     return f"{extra} replicas or fewer of any experts, with any shares of their traffic,"

@@ -28,8 +28,8 @@ from scipy.optimize import linear_sum_assignment
 from .rows import Floats, Ints
 from .token_sets import TokenSets
 
-_STEPS = 60
-_PATIENCE = 15
+_STEPS = 40
+_PATIENCE = 8
 
 
 def coactivation(sets: TokenSets, num_experts: int) -> Floats:

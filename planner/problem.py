@@ -148,6 +148,12 @@ def make_problem(
     if problem.sets is None and needs_sets(transfer, experts_per_gpu):
         raise ValueError(f"transfer {transfer} needs traffic with token sets")
     _check_replication(problem)
+    if keep_groups and model.router.groups == 1:
+        raise InputError(
+            f"--keep-groups: the router of {model.name} has one group; there is nothing to keep "
+            "together",
+            hints=["leave out --keep-groups"],
+        )
     even_capacity(problem)  # refuses what does not fit
     return problem
 

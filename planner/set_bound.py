@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .pair_bound import Reach, coactivation, most_at_home, most_pairs
-from .rows import Ints
+from .rows import Ints, PhaseRows
 from .set_rows import SetLayer, TransferRows
 
 
@@ -44,7 +44,23 @@ def reach_bound(layer: SetLayer, island: Ints, capacity: Ints) -> float:
     transfers = [
         max(phase.floor_s, _transfer_bound(phase, known[phase.window])) for phase in layer.transfers
     ]
-    return layer.total([*transfers, *(phase.floor_s for phase in layer.others)])
+    return layer.total([*transfers, *(_other_bound(phase) for phase in layer.others)])
+
+
+def _other_bound(phase: PhaseRows) -> float:
+    """Return what the experts' work, or the longest path, lasts at least.
+
+    The slowest GPU is no faster than all together, and an expert takes as much of that anywhere.
+    """
+    if not phase.is_compute:
+        return phase.floor_s
+    num_gpus = phase.alone.shape[1]
+    together = [
+        float((phase.extra[first] * phase.capacity[first]).sum())
+        / float(phase.capacity[first : first + num_gpus].sum())
+        for first in range(0, len(phase.extra), num_gpus)
+    ]
+    return max(phase.floor_s, *together)
 
 
 def _least(

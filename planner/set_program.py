@@ -45,7 +45,8 @@ from .set_rows import SetLayer, TransferRows
 from .terms import PhaseTerms, cell_terms
 from .token_sets import TokenSets
 
-_MOST_Z = 12_000  # variables of token sets: beyond, HiGHS proves nothing in minutes
+_MOST_Z = 6_000  # variables of token sets: beyond, HiGHS proves nothing in minutes
+_LEAST_KEPT = 0.9  # share of the tokens that such variables must cover: less proves nothing more
 _MOST_X = 4_096
 _MOST_T = 8_000
 _MOST_ENTRIES = 2**22  # of a matrix while cells are made of GPUs
@@ -145,16 +146,13 @@ class _SetProgram:
             layer.num_experts * len(cells) > _MOST_X
             or sources * places > _MOST_T
             or entries > _MOST_ENTRIES
+            or _share_kept(layer, _most_sets(layer, levels)) < _LEAST_KEPT
         ):
             return None
         return cls(layer, cell_of_gpu, capacity, levels)
 
     def _most_sets(self) -> int:
-        places = sum(level.num_places for level in self._distinct_levels())
-        return _MOST_Z // (places * len(self.layer.sets))
-
-    def _distinct_levels(self) -> list[_Level]:
-        return list({level.place_of_cell.tobytes(): level for level in self.levels}.values())
+        return _most_sets(self.layer, self.levels)
 
     def _inside(self, level: _Level, expert: int, place: int) -> list[pulp.LpVariable]:
         cells = np.flatnonzero(level.place_of_cell == place).tolist()
@@ -272,20 +270,13 @@ class _SetProgram:
         values = {x.name: float(cells[expert] == cell) for (_, expert, cell), x in self.x.items()}
         reached: dict[tuple[int, int], Floats] = {}
         for window, number in product(range(len(self.sets)), range(len(self.levels))):
-            level, sets = self.levels[number], self.layer.sets[window]
-            place = level.place_of_cell[cells]
-            tokens = sets.reached(place, level.num_places)
-            if level.per_rank is not None:
-                inside = np.eye(level.num_places)[place]
-                tokens = np.maximum(tokens, self.layer.counts[window] @ inside / level.per_rank)
-            reached[window, number] = tokens
-            for (w, n, source, p), t in self.t.items():
-                if (w, n) == (window, number):
-                    values[t.name] = float(tokens[source, p] / self.unit)
+            reached[window, number] = self._reached(window, self.levels[number], cells)
+        for (window, number, source, place), t in self.t.items():
+            values[t.name] = float(reached[window, number][source, place] / self.unit)
         for (window, number, one, place), z in self.z.items():
             experts = self.sets[window].experts[one]
             where = self.levels[number].place_of_cell[cells[experts[experts >= 0]]]
-            values[z.name] = float((where == place).any())
+            values[z.name] = float(place in where.tolist())
         durations = []
         for phase, matrices in zip(self.terms.phases, self._matrices(), strict=True):
             if isinstance(phase, PhaseTerms):
@@ -296,10 +287,20 @@ class _SetProgram:
                     np.tensordot(matrix, reached[phase.window, number].T, axes=2)
                     for number, matrix in enumerate(matrices)
                 ]
-                worst = float(np.stack(parts).sum(axis=0).max(initial=0.0))
-                seconds = max(worst, self._alone(phase).seconds(cells))
+                worst = np.stack(parts).sum(axis=0).max(initial=0.0)
+                seconds = max(float(worst), self._alone(phase).seconds(cells))
             durations.append(max(seconds, _floor(phase)))
         return values | objective_values(0, self.terms, durations)
+
+    def _reached(self, window: int, level: _Level, cells: Placement) -> Floats:
+        """Return the tokens that reach places, as the program counts them, [sources, places]."""
+        place = level.place_of_cell[cells]
+        tokens = self.layer.sets[window].reached(place, level.num_places)
+        if level.per_rank is None:
+            return tokens
+        choices = self.layer.counts[window] @ np.eye(level.num_places)[place]
+        copies: Floats = np.maximum(tokens, choices / level.per_rank)
+        return copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,6 +352,17 @@ def least_reach(sets: TokenSets, num_experts: int, room: Ints) -> float:
         pairs=most_pairs(coactivation(sets, num_experts), room),
     )
     return max(reach.least(sets.experts.shape[1]), sets.num_tokens) * (1 - 1e-9)
+
+
+def _most_sets(layer: SetLayer, levels: tuple[_Level, ...]) -> int:
+    different = {level.place_of_cell.tobytes(): level.num_places for level in levels}
+    return _MOST_Z // (sum(different.values()) * len(layer.sets))
+
+
+def _share_kept(layer: SetLayer, most: int) -> float:
+    """Return the share of the tokens whose sets are among those of most tokens, least window."""
+    kept = [_Sets.of(sets, most).tokens.sum() / sets.num_tokens for sets in layer.sets]
+    return float(min(kept))
 
 
 def _floor(phase: Timed) -> float:

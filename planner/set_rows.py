@@ -11,7 +11,7 @@ and islands, by what crosses the network. All coefficients are at least 0. The e
 longest paths do not depend on what is chosen together: they are those of `rows`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csc_array, csr_array, vstack
@@ -151,6 +151,7 @@ class SetRowBuilder:
         size = problem.num_ranks
         turned = (np.arange(size)[None, :] * size + np.arange(size)[:, None]).ravel()
         self._matrices = [self._by_level(pairs), self._by_level(csc_array(pairs[:, turned]))]
+        self._mirrored = _mirrored(*self._matrices)
 
     def layer(self, layer: int) -> SetLayer:
         """Return the rows of one layer (an ordinal)."""
@@ -191,6 +192,8 @@ class SetRowBuilder:
             )
             for name, matrices in zip(("dispatch", "combine"), self._matrices, strict=True)
         )
+        if self._mirrored:
+            return [replace(there, weight=2.0, name="dispatch and combine")]
         return [there, back]
 
     def _by_level(self, pairs: csc_array) -> tuple[csc_array, ...]:
@@ -222,6 +225,24 @@ class SetRowBuilder:
             shape=(len(column), places),
         )
         return csc_array(matrix @ mean)
+
+
+def _mirrored(there: tuple[csc_array, ...], back: tuple[csc_array, ...]) -> bool:
+    """Tell whether combine has the rows of dispatch in any order: then one stands for both.
+
+    Rows are matched by their loads under random tokens, which different rows do not share.
+    """
+    random = np.random.default_rng(0)
+    for _ in range(4):
+        tokens = [random.random(matrix.shape[1]) for matrix in there]
+        loads = [
+            sum(matrix @ some for matrix, some in zip(matrices, tokens, strict=True))
+            for matrices in (there, back)
+        ]
+        first, second = (np.sort(np.asarray(load)) for load in loads)
+        if not np.allclose(first, second, rtol=1e-9, atol=0):
+            return False
+    return True
 
 
 def _seconds_of_pairs(routes: Routes, kept: list[int]) -> csc_array:

@@ -22,7 +22,7 @@ from .set_rows import SetLayer
 from .token_sets import TokenSets
 
 _SIGNIFICANT = 1 - 1e-9  # a step must gain more than rounding
-_SMOOTH = 8  # exponent of what decides between steps of equal seconds: how level the rows are
+_DOUBLINGS = 3  # exponent 8 of what decides between steps of equal seconds: how level the rows are
 _SWAPS_A_KICK = 3
 
 Bools = npt.NDArray[np.bool_]
@@ -151,7 +151,10 @@ class SetSearch:
 def _levelness(load: Floats) -> Floats:
     """Return a smooth stand-in for the largest row, of [rows] or [rows, candidates]."""
     scale = load.max(initial=1e-300)
-    total: Floats = scale * ((load / scale) ** _SMOOTH).sum(axis=0) ** (1 / _SMOOTH)
+    power = load / scale
+    for _ in range(_DOUBLINGS):
+        power = power * power
+    total: Floats = scale * power.sum(axis=0) ** (0.5**_DOUBLINGS)
     return total
 
 
@@ -164,6 +167,11 @@ class _Change:
     def load(self, matrix: csc_array) -> Floats:
         """Return the change of every row's seconds, [rows, steps]."""
         steps, num_sources = self._new.shape
+        if num_sources == 1:  # a column a place
+            dense = matrix.toarray()
+            return dense[:, self._there] * self._new[:, 0] + np.outer(
+                dense[:, self._here], self._old[:, 0]
+            )
         column = (self._there[:, None] * num_sources + np.arange(num_sources)).ravel()
         new = csc_array(
             (self._new.ravel(), column, np.arange(steps + 1) * num_sources),
@@ -226,15 +234,25 @@ class _Level:
         sets, num_places = window._sets, int(place_of_gpu.max()) + 1
         self._hits = np.zeros((len(sets.weight), num_places), dtype=np.int16)
         np.add.at(self._hits, (window._edge, self._place[window._expert]), 1)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        window = self._window
-        sets = window._sets
-        self.reached = sets.reached(self._place, self._hits.shape[1])
-        only = self._hits[window._edge, self._place[window._expert]] == 1
-        self._only = window.by_expert(window._edge[only], window._expert[only])
+        self.reached, self._only = self._tokens_of(np.arange(len(sets.weight)))
         self._without: dict[int, Floats] = {}
+
+    def _tokens_of(self, edges: Ints) -> tuple[Floats, Floats]:
+        """Return what some sets add to the tokens of places and of experts alone at theirs."""
+        window, sets = self._window, self._window._sets
+        num_sources, num_places = sets.num_sources, self._hits.shape[1]
+        row, place = np.nonzero(self._hits[edges])
+        reached = np.bincount(
+            sets.source[edges[row]] * num_places + place,
+            weights=sets.weight[edges[row]],
+            minlength=num_sources * num_places,
+        )
+        members = sets.experts[edges]
+        row, column = np.nonzero(members >= 0)
+        edge, expert = edges[row], members[row, column]
+        only = self._hits[edge, self._place[expert]] == 1
+        alone = window.by_expert(edge[only], expert[only])
+        return reached.astype(float).reshape(num_sources, num_places), alone
 
     def _tokens_without(self, place: int) -> Floats:
         """Return the tokens of every expert that do not reach a place, [experts, sources]."""
@@ -281,12 +299,18 @@ class _Level:
 
     def move(self, moved: dict[int, int]) -> None:
         """Put experts on other GPUs."""
+        edges = np.unique(np.concatenate([self._window._edges_of[expert] for expert in moved]))
+        reached, only = self._tokens_of(edges)
         for expert, gpu in moved.items():
-            edges = self._window._edges_of[expert]
-            self._hits[edges, self._place[expert]] -= 1
-            self._place[expert] = self._place_of_gpu[gpu]
-            self._hits[edges, self._place[expert]] += 1
-        self._refresh()
+            own, place = self._window._edges_of[expert], self._place_of_gpu[gpu]
+            self._hits[own, self._place[expert]] -= 1
+            self._hits[own, place] += 1
+            self._without.pop(int(self._place[expert]), None)
+            self._without.pop(int(place), None)
+            self._place[expert] = place
+        reached_now, only_now = self._tokens_of(edges)
+        self.reached = self.reached + (reached_now - reached)
+        self._only += only_now - only
 
 
 def _compute_after(phase: PhaseRows, placement: Placement, expert: int, targets: Ints) -> Floats:

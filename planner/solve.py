@@ -34,12 +34,18 @@ from .search import NoRoomError, contiguous
 from .set_levels import SetTask, place_with_sets, start_with_sets
 from .set_rows import SetRowBuilder
 from .terms import gpu_terms
+from .whole_groups import GroupTask, check_groups, place_with_groups, start_with_groups
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
-AnyTask = Task | tuple[ReplicatedTask, LayerPlacement] | tuple[SetTask, LayerPlacement]
+AnyTask = (
+    Task
+    | tuple[ReplicatedTask, LayerPlacement]
+    | tuple[SetTask, LayerPlacement]
+    | tuple[GroupTask, LayerPlacement]
+)
 Capacity = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
 
@@ -55,6 +61,7 @@ class LayerSolution:
         contiguous_s: cost of experts in id order.
         found_by: how the placement was found.
         floor_s: the part of the bound that single experts cause wherever they sit.
+        free_bound_s: the bound without whole groups, where those were asked for.
     """
 
     shares: Shares
@@ -63,6 +70,7 @@ class LayerSolution:
     contiguous_s: float
     found_by: str
     floor_s: float
+    free_bound_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +110,10 @@ def solve_placement(
     began = time.monotonic()
     effort = Effort(gap=gap, deadline=began + time_limit_s, seed=seed)
     builder = RowBuilder(problem)
-    work = _Work(problem, builder, even_capacity(problem), effort, progress)
+    capacity = even_capacity(problem)
+    if problem.keep_groups:
+        check_groups(problem, capacity)
+    work = _Work(problem, builder, capacity, effort, progress)
     try:
         work.run()
         interrupted = False
@@ -161,6 +172,8 @@ class _Work:
             yield _layer_solution(self.problem, layer, self.best[twin], self.capacity[layer])
 
     def _start(self, layer: int) -> LayerPlacement:
+        if self.problem.keep_groups:
+            return start_with_groups(self._with_groups(layer, self.capacity[layer]))
         if self.set_builder is not None:
             return start_with_sets(self._with_sets(layer, self.capacity[layer]))
         if not self.problem.replication.extra:
@@ -171,11 +184,27 @@ class _Work:
             raise no_room_for_copies(self.problem) from None
 
     def _task(self, layer: int) -> AnyTask:
+        if self.problem.keep_groups:
+            return self._with_groups(layer, self.capacity[layer]), self.best[layer]
         if self.set_builder is not None:
             return self._with_sets(layer, self.capacity[layer]), self.best[layer]
         if self.problem.replication.extra:
             return self._replicated(layer, self.capacity[layer]), self.best[layer]
         return self.rows[layer], self.cells, self.capacity[layer], self.best[layer]
+
+    def _with_groups(self, layer: int, capacity: Capacity) -> GroupTask:
+        return GroupTask(
+            rows=self.rows[layer],
+            with_sets=None if self.set_builder is None else self._with_sets(layer, capacity),
+            groups=self.problem.model.router.groups,
+            host_of_gpu=self._host_of_gpu(),
+            cells=self.cells,
+            capacity=capacity,
+        )
+
+    def _host_of_gpu(self) -> npt.NDArray[np.intp]:
+        hosts = list(dict.fromkeys(gpu.host for gpu in self.problem.gpus))
+        return np.array([hosts.index(gpu.host) for gpu in self.problem.gpus])
 
     def _with_sets(self, layer: int, capacity: Capacity) -> SetTask:
         assert self.set_builder is not None
@@ -188,12 +217,11 @@ class _Work:
         )
 
     def _replicated(self, layer: int, capacity: Capacity) -> ReplicatedTask:
-        hosts = list(dict.fromkeys(gpu.host for gpu in self.problem.gpus))
         return ReplicatedTask(
             rows=self.rows[layer],
             load=self.problem.counts[:, layer].sum(axis=1).mean(axis=0),
             cell_of_gpu=self.cells,
-            host_of_gpu=np.array([hosts.index(gpu.host) for gpu in self.problem.gpus]),
+            host_of_gpu=self._host_of_gpu(),
             capacity=capacity,
             rule=self.problem.replication,
         )
@@ -225,11 +253,15 @@ class _Work:
             bound = self._bound_with(layer, rows, free)
             placed = _place(self._task(layer), self.effort)
             self._take(layer, replace(placed, bound_s=min(bound, placed.seconds)))
-        linear = self.set_builder is None and not self.problem.replication.extra
+        special = self.problem.keep_groups or self.problem.replication.extra
+        linear = self.set_builder is None and not special
         if small and linear:
             self._solve_jointly()
 
     def _bound_with(self, layer: int, rows: LayerRows, capacity: Capacity) -> float:
+        if self.problem.keep_groups:
+            groups = self._with_groups(layer, capacity)
+            return place_with_groups(groups, start_with_groups(groups), self.effort).bound_s
         if self.set_builder is not None:
             task = self._with_sets(layer, capacity)
             return place_with_sets(task, start_with_sets(task), self.effort).bound_s
@@ -271,6 +303,8 @@ def _place_within(task: AnyTask, effort: Effort, budget_s: float) -> LayerPlacem
 def _place(task: AnyTask, effort: Effort) -> LayerPlacement:
     if isinstance(task[0], ReplicatedTask):
         return place_replicated(task[0], task[1], effort)
+    if isinstance(task[0], GroupTask):
+        return place_with_groups(task[0], task[1], effort)
     if isinstance(task[0], SetTask):
         return place_with_sets(task[0], task[1], effort)
     return place_layer(task, effort)
@@ -322,4 +356,5 @@ def _layer_solution(
         contiguous_s=evaluate_layer(problem, layer, in_order).seconds,
         found_by=best.found_by,
         floor_s=best.floor_s,
+        free_bound_s=best.free_bound_s,
     )

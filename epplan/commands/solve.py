@@ -75,6 +75,11 @@ _STATUSES = ["optimal", "feasible", "limit"]  # best to worst
     "network and forwarded inside.",
 )
 @click.option(
+    "--keep-groups",
+    is_flag=True,
+    help="Keep all experts of a routing group on one host (group-limited routers).",
+)
+@click.option(
     "--overlap",
     is_flag=True,
     help="Minimise max(transfers, experts) of a layer, not their sum: micro-batches overlap.",
@@ -177,6 +182,7 @@ def _solve(
     equal_shares: bool,
     survive: str | None,
     transfer: "TransferMode",
+    keep_groups: bool,
     overlap: bool,
     worst_windows: float,
     gpu_model: str | None,
@@ -224,6 +230,7 @@ def _solve(
             objective,
             replication,
             transfer=transfer,
+            keep_groups=keep_groups,
         )
         for gpus in groups.gpus
     ]
