@@ -14,14 +14,11 @@ Combine is the mirror image: every rank adds up its experts' outputs of a token,
 up its island's, and one row goes home.
 """
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
-TransferMode = Literal["per-choice", "direct", "node-dedup"]
 
 
 def entry_ranks(island: Ints) -> Ints:

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from epplan.errors import InputError
 from epplan.files import parse_yaml, read_text, validate, write_atomically
 
-from .forwarding import TransferMode
 from .model import ModelSpec
 
 SCHEMA_VERSION = 1
 Status = Literal["optimal", "feasible", "limit"]
+TransferMode = Literal["per-choice", "direct", "node-dedup"]  # planner/forwarding.py
 _SHARE_ROUNDING = 1e-6
 
 

@@ -11,10 +11,10 @@ from epplan.topologies.hardware import hardware
 from epplan.topologies.routes import Routes, find_routes
 from epplan.topologies.units import format_bytes
 
-from .forwarding import TransferMode, path_latency
+from .forwarding import path_latency
 from .model import DTYPE_BYTES, ModelSpec
 from .objective import Objective
-from .plan import RankMemory
+from .plan import RankMemory, TransferMode
 from .token_sets import TokenSets
 from .traffic import Traffic
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from epplan.planner.forwarding import TransferMode
-    from epplan.planner.plan import Plan
+    from epplan.planner.plan import Plan, TransferMode
 
 LIMIT_WITH_PLAN = 4
 INTERRUPTED = 130
