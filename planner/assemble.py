@@ -249,10 +249,15 @@ def _certificate(
         scope=(
             f"all placements with {_copies(problem)} and at most {problem.experts_per_gpu} "
             f"of a layer on a GPU, on these {problem.num_ranks} GPUs and this traffic"
+            f"{_transfer_in_scope(problem)}"
         ),
         choice_bound_s=choice_bound_s,
         choice_gap=None if choice_bound_s is None else (objective - choice_bound_s) / objective,
     )
+
+
+def _transfer_in_scope(problem: Problem) -> str:
+    return "" if problem.transfer == "per-choice" else f", with transfer {problem.transfer}"
 
 
 def _copies(problem: Problem) -> str:

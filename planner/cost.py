@@ -129,18 +129,13 @@ def rows_between_ranks(problem: Problem, window: int, layer: int, shares: Shares
     return rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """Rows of one layer and window, [ranks, ranks] each."""
+def rows_sent(problem: Problem, window: int, layer: int, shares: Shares) -> Floats:
+    """Return rows that every rank sends to every rank in dispatch, hop by hop, [ranks, ranks].
 
-    computed: Floats  # of every home rank, in the experts of every rank
-    sent: Floats  # from every rank to every rank, hop by hop
-
-
-def _rows(problem: Problem, window: int, layer: int, shares: Shares) -> _Rows:
-    computed = rows_between_ranks(problem, window, layer, shares)
+    The diagonal is what stays on its rank.
+    """
     if problem.sets is None:
-        return _Rows(computed=computed, sent=computed)
+        return rows_between_ranks(problem, window, layer, shares)
     num_ranks, island = problem.num_ranks, problem.routes.island
     sets, rank = problem.sets[window][layer], shares.argmax(axis=1)
 
@@ -152,9 +147,8 @@ def _rows(problem: Problem, window: int, layer: int, shares: Shares) -> _Rows:
 
     to_rank = reached(rank, num_ranks)
     if problem.transfer == "direct":
-        return _Rows(computed=computed, sent=to_rank)
-    to_island = reached(island[rank], int(island.max()) + 1)
-    return _Rows(computed=computed, sent=through_islands(to_rank, to_island, island))
+        return to_rank
+    return through_islands(to_rank, reached(island[rank], int(island.max()) + 1), island)
 
 
 def evaluate_layer(problem: Problem, layer: int, shares: Shares) -> LayerEvaluation:
@@ -166,7 +160,12 @@ def evaluate_layer(problem: Problem, layer: int, shares: Shares) -> LayerEvaluat
         shares: of every expert's rows on each rank; a copy is where the share is not 0.
     """
     windows = [
-        _evaluate_window(problem, _rows(problem, window, layer, shares), shares)
+        _evaluate_window(
+            problem,
+            rows_between_ranks(problem, window, layer, shares),
+            rows_sent(problem, window, layer, shares),
+            shares,
+        )
         for window in range(len(problem.counts))
     ]
     seconds = problem.objective.seconds(np.array([window.seconds for window in windows]))
@@ -175,12 +174,14 @@ def evaluate_layer(problem: Problem, layer: int, shares: Shares) -> LayerEvaluat
     return LayerEvaluation(windows=tuple(counting), seconds=float(seconds))
 
 
-def _evaluate_window(problem: Problem, rows: _Rows, shares: Shares) -> WindowEvaluation:
-    used = ~np.eye(problem.num_ranks, dtype=bool) & (rows.computed > 0)
+def _evaluate_window(
+    problem: Problem, computed: Floats, sent: Floats, shares: Shares
+) -> WindowEvaluation:
+    used = ~np.eye(problem.num_ranks, dtype=bool) & (computed > 0)
     there_s, back_s = (problem.path_latency_s(combine=back)[used] for back in (False, True))
-    dispatch = _transfer(problem, "dispatch", rows.sent, there_s)
-    compute = _compute(problem, rows.computed, shares)
-    combine = _transfer(problem, "combine", rows.sent.T, back_s)
+    dispatch = _transfer(problem, "dispatch", sent, there_s)
+    compute = _compute(problem, computed, shares)
+    combine = _transfer(problem, "combine", sent.T, back_s)
     seconds = problem.objective.window_seconds(
         np.array(dispatch.seconds + combine.seconds), np.array(compute.seconds)
     )
