@@ -373,6 +373,11 @@ def _reasons(
         reasons.append(
             "the survivors cannot keep all they hold and find room for the lost experts too"
         )
+    if plan.workload.transfer != "per-choice":
+        reasons.append(
+            "lost experts were placed as if every choice travelled by itself; costs and bound are "
+            f"those of transfer {plan.workload.transfer}"
+        )
     if plan.workload.keep_groups:
         reasons.append("routing groups are not kept whole: lost experts go where they cost least")
     if plan.share_of_slot is not None:
