@@ -4,9 +4,10 @@
 
 One JSON line a case: transfer, objective, bound, gap, seconds of all layers, ratio to experts in id
 order. `trace-H` plans a recorded trace (simllm JSON lines, 32 experts or any other number, one a
-GPU) on H hosts with node-dedup: every other token is planned for, the rest judges. `hosts_per_token`
-are the different hosts of a token's experts, `worst_host` the tokens that reach the busiest host over
-the mean host's, both of experts in id order, then of the plan, means over layers. `drawn-R` plans
+GPU) on H hosts with node-dedup: every other token is planned for, the rest judges.
+`hosts_per_token` are the different hosts of a token's experts, `worst_host` the tokens that reach
+the busiest host over the mean host's, both first of experts in id order, then of the plan, means
+over layers. `drawn-R` plans
 256 experts on R GPUs for token sets drawn from skewed counts, and judges by other draws of the same
 counts: what the plan gains only on its own draw is chance.
 """

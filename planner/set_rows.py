@@ -285,15 +285,11 @@ def _alone(
 ) -> Floats:
     """Return the largest row an expert causes by itself, [experts, gpus]; counts [S, experts]."""
     num_sources = len(counts)
-    by_place = [
-        [
-            matrix[:, place * num_sources : (place + 1) * num_sources] @ counts
-            for place in range(int(places.max()) + 1)
-        ]
-        for matrix, places in zip(matrices, place_of_gpu, strict=True)
-    ]
     alone = np.zeros((counts.shape[1], len(place_of_gpu[0])))
     for gpu in range(alone.shape[1]):
-        load = sum(level[places[gpu]] for level, places in zip(by_place, place_of_gpu, strict=True))
-        alone[:, gpu] = np.asarray(load).max(axis=0, initial=0.0)
+        load = np.zeros((matrices[0].shape[0], counts.shape[1]))
+        for matrix, places in zip(matrices, place_of_gpu, strict=True):
+            first = int(places[gpu]) * num_sources
+            load += matrix[:, first : first + num_sources] @ counts
+        alone[:, gpu] = load.max(axis=0, initial=0.0)
     return alone

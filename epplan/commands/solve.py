@@ -234,6 +234,7 @@ def _solve(
         for gpus in groups.gpus
     ]
     problems = share_links(alone)
+    guessed = together and size * num_groups < len(cluster.gpus())
     solutions = solve_groups(
         problems,
         gap=gap,
@@ -251,7 +252,11 @@ def _solve(
             model_source=model,
             seed=seed,
             command=shlex.join(["epplan", *sys.argv[1:]]),
-            reasons=[groups.reason, *(["stopped by Ctrl-C"] if solution.interrupted else [])],
+            reasons=[
+                groups.reason,
+                *(["GPUs were chosen as if every choice travelled by itself"] if guessed else []),
+                *(["stopped by Ctrl-C"] if solution.interrupted else []),
+            ],
             choice_bound_s=groups.bound_s,
             assumptions=sharing_in_words(alone),
         )
@@ -290,6 +295,7 @@ def _result(plan: "Plan", output: Path) -> dict[str, Any]:
         "seconds": certificate.seconds,
         "binding": certificate.binding,
         "contiguous_s": certificate.contiguous_s,
+        "transfer": plan.workload.transfer,
         "ep": plan.world_size,
         "experts_per_gpu_max": plan.slots_per_rank,
         "plan": str(output),
