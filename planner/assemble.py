@@ -293,6 +293,13 @@ def _replication(problem: Problem) -> tuple[str, ...]:
     return (text, "every expert has copies on two hosts") if rule.survive_hosts else (text,)
 
 
+def _transfer(problem: Problem) -> str:
+    text = _TRANSFERS[problem.transfer]
+    if problem.transfer == "direct" and problem.sets is None:
+        text += ": with one expert a GPU, one per (token, expert)"
+    return text
+
+
 def _assumptions(problem: Problem) -> tuple[str, ...]:
     links = [resource.link for resource in problem.routes.resources]
     unmeasured = sorted({link.kind for link in links if link.provenance != "measured"})
@@ -302,7 +309,7 @@ def _assumptions(problem: Problem) -> tuple[str, ...]:
     ]
     return (
         *_replication(problem),
-        f"{_TRANSFERS[problem.transfer]}; {_objective(problem)}",
+        f"{_transfer(problem)}; {_objective(problem)}",
         "attention, shared experts and dense layers are left out: placement does not change them",
         f"{' and '.join(rates)} are rated x efficiency of hardware profiles, not measured here",
         f"{MEMORY_HEADROOM:.0%} of every GPU's memory is kept free",

@@ -13,15 +13,12 @@ a source's tokens reach in it, and
     ranks of an island reached >= tokens that reach the island
                                >= assignments to it / most experts on one of its GPUs
 
-    row[island] = the least of row[gpu] over its GPUs, for every row, and for rows of one kind that
-                  only one island's GPUs load their mean, weighed by capacity: the worst is no less
-
-Only the sets of most tokens have variables of their own where there are too many. For the others T
-has their choices / the most that one token can have in the place: again no more than is true. Valid
-and strong: all T of a level add up to the least reach of `pair_bound`.
+and rows are those of `set_cells`. Only the sets of most tokens have variables of their own where
+there are too many. For the others T has their choices / the most that one token can have in the
+place: again no more than is true. Valid and strong: all T of a level add up to the least reach of
+`pair_bound`.
 """
 
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -30,7 +27,7 @@ import pulp
 from .cost import Placement
 from .highs import solve
 from .levels import Effort
-from .objective import Objective, Timed
+from .objective import Timed
 from .pair_bound import Reach, coactivation, most_pairs
 from .program import (
     MICROSECONDS,
@@ -40,9 +37,10 @@ from .program import (
     phase_name,
     place_once,
 )
-from .rows import Floats, Ints, LayerRows
+from .rows import Floats, Ints
+from .set_cells import KeptSets, Level, terms_over_cells
 from .set_rows import SetLayer, TransferRows
-from .terms import PhaseTerms, cell_terms
+from .terms import PhaseTerms
 from .token_sets import TokenSets
 
 _MOST_Z = 6_000  # variables of token sets: beyond, HiGHS proves nothing in minutes
@@ -52,36 +50,6 @@ _MOST_T = 8_000
 _MOST_ENTRIES = 2**22  # of a matrix while cells are made of GPUs
 
 X = dict[tuple[int, int, int], pulp.LpVariable]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Level:
-    """Places of one level, made of whole cells.
-
-    Attributes:
-        place_of_cell: [cells].
-        per_rank: most experts on a rank, where a place stands for its ranks; else None.
-    """
-
-    place_of_cell: Ints
-    per_rank: int | None = None
-
-    @property
-    def num_places(self) -> int:
-        return int(self.place_of_cell.max()) + 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Terms:
-    """All phases over cells, transfers first, with the transfers' matrices by level.
-
-    A matrix is [rows, places, sources] in seconds a token.
-    """
-
-    phases: tuple[Timed, ...]
-    matrices: tuple[tuple[Floats, ...], ...]
-    constant_s: Floats
-    objective: Objective
 
 
 def run_set_program(
@@ -102,12 +70,12 @@ def run_set_program(
 
 class _SetProgram:
     def __init__(
-        self, layer: SetLayer, cell_of_gpu: Ints, capacity: Ints, levels: tuple[_Level, ...]
+        self, layer: SetLayer, cell_of_gpu: Ints, capacity: Ints, levels: tuple[Level, ...]
     ) -> None:
         self.layer, self.cell_of_gpu, self.levels = layer, cell_of_gpu, levels
         self.capacity = np.bincount(cell_of_gpu, weights=capacity).astype(np.int64)
-        self.terms = _relaxed(layer, cell_of_gpu, levels)
-        self.sets = [_Sets.of(sets, self._most_sets()) for sets in layer.sets]
+        self.terms = terms_over_cells(layer, cell_of_gpu)
+        self.sets = [KeptSets.of(sets, self._most_sets()) for sets in layer.sets]
         self.lp = pulp.LpProblem("sets", pulp.LpMinimize)
         experts, cells = range(layer.num_experts), range(len(self.capacity))
         self.x: X = {
@@ -136,8 +104,8 @@ class _SetProgram:
         islands = layer.place_of_gpu[1:]  # of node-dedup
         first_gpu = np.array([np.flatnonzero(cell_of_gpu == cell)[0] for cell in cells])
         levels = (
-            _Level(place_of_cell=cells, per_rank=None if exact else int(capacity.max())),
-            *(_Level(place_of_cell=island[first_gpu]) for island in islands),
+            Level(place_of_cell=cells, per_rank=None if exact else int(capacity.max())),
+            *(Level(place_of_cell=island[first_gpu]) for island in islands),
         )
         sources = sum(sets.num_sources for sets in layer.sets)
         places = sum(level.num_places for level in levels)
@@ -154,7 +122,7 @@ class _SetProgram:
     def _most_sets(self) -> int:
         return _most_sets(self.layer, self.levels)
 
-    def _inside(self, level: _Level, expert: int, place: int) -> list[pulp.LpVariable]:
+    def _inside(self, level: Level, expert: int, place: int) -> list[pulp.LpVariable]:
         cells = np.flatnonzero(level.place_of_cell == place).tolist()
         return [self.x[0, expert, cell] for cell in cells]
 
@@ -198,7 +166,7 @@ class _SetProgram:
         self.lp += pulp.LpAffineExpression(total) >= least / self.unit
 
     def _linear(
-        self, level: _Level, place: int, of_expert: Floats
+        self, level: Level, place: int, of_expert: Floats
     ) -> list[tuple[pulp.LpVariable, float]]:
         return [
             (x, float(of_expert[expert] / self.unit))
@@ -292,7 +260,7 @@ class _SetProgram:
             durations.append(max(seconds, _floor(phase)))
         return values | objective_values(0, self.terms, durations)
 
-    def _reached(self, window: int, level: _Level, cells: Placement) -> Floats:
+    def _reached(self, window: int, level: Level, cells: Placement) -> Floats:
         """Return the tokens that reach places, as the program counts them, [sources, places]."""
         place = level.place_of_cell[cells]
         tokens = self.layer.sets[window].reached(place, level.num_places)
@@ -301,47 +269,6 @@ class _SetProgram:
         choices = self.layer.counts[window] @ np.eye(level.num_places)[place]
         copies: Floats = np.maximum(tokens, choices / level.per_rank)
         return copies
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sets:
-    """Token sets with variables of their own, and the choices of the rest.
-
-    Attributes:
-        experts: of the sets, -1 is none, [sets, k].
-        tokens: of every source with that set, [sources, sets].
-        rest: assignments of all other tokens, [sources, experts].
-        num_sources: of the tokens.
-    """
-
-    experts: Ints
-    tokens: Floats
-    rest: Floats
-    num_sources: int
-
-    @classmethod
-    def of(cls, sets: TokenSets, most: int) -> "_Sets":
-        unique, number = np.unique(sets.experts, axis=0, return_inverse=True)
-        number = number.ravel()
-        weight = np.bincount(number, weights=sets.weight)
-        order = np.argsort(-weight, kind="stable")
-        kept = np.full(len(unique), -1)
-        kept[order[:most]] = np.arange(len(order[:most]))
-        tokens = np.zeros((sets.num_sources, min(most, len(unique))))
-        own = kept[number] >= 0
-        np.add.at(tokens, (sets.source[own], kept[number[own]]), sets.weight[own])
-        rest = TokenSets(
-            source=sets.source[~own],
-            experts=sets.experts[~own],
-            weight=sets.weight[~own],
-            num_sources=sets.num_sources,
-        )
-        return cls(
-            experts=unique[order[:most]],
-            tokens=tokens,
-            rest=rest.counts(int(sets.experts.max()) + 1),
-            num_sources=sets.num_sources,
-        )
 
 
 def least_reach(sets: TokenSets, num_experts: int, room: Ints) -> float:
@@ -354,62 +281,17 @@ def least_reach(sets: TokenSets, num_experts: int, room: Ints) -> float:
     return max(reach.least(sets.experts.shape[1]), sets.num_tokens) * (1 - 1e-9)
 
 
-def _most_sets(layer: SetLayer, levels: tuple[_Level, ...]) -> int:
+def _most_sets(layer: SetLayer, levels: tuple[Level, ...]) -> int:
     different = {level.place_of_cell.tobytes(): level.num_places for level in levels}
     return _MOST_Z // (sum(different.values()) * len(layer.sets))
 
 
 def _share_kept(layer: SetLayer, most: int) -> float:
     """Return the share of the tokens whose sets are among those of most tokens, least window."""
-    kept = [_Sets.of(sets, most).tokens.sum() / sets.num_tokens for sets in layer.sets]
+    kept = [KeptSets.of(sets, most).tokens.sum() / sets.num_tokens for sets in layer.sets]
     return float(min(kept))
 
 
 def _floor(phase: Timed) -> float:
     assert isinstance(phase, PhaseTerms | TransferRows)
     return phase.floor_s
-
-
-def _relaxed(layer: SetLayer, cell_of_gpu: Ints, levels: tuple[_Level, ...]) -> _Terms:
-    others = cell_terms(
-        LayerRows(phases=layer.others, constant_s=layer.constant_s, objective=layer.objective),
-        cell_of_gpu,
-    )
-    matrices = []
-    for transfer in layer.transfers:
-        num_sources = layer.sets[transfer.window].num_sources
-        dense = [
-            matrix.toarray().reshape(matrix.shape[0], -1, num_sources)
-            for matrix in transfer.matrices
-        ]
-        matrices.append(tuple(_over_cells(transfer, dense, cell_of_gpu)))
-    return _Terms(
-        phases=(*layer.transfers, *others.phases),
-        matrices=tuple(matrices),
-        constant_s=layer.constant_s,
-        objective=layer.objective,
-    )
-
-
-def _over_cells(transfer: TransferRows, dense: list[Floats], cell_of_gpu: Ints) -> list[Floats]:
-    """Return the matrices of a transfer over cells: its rows, then means of rows of one cell."""
-    cells = [np.flatnonzero(cell_of_gpu == cell) for cell in range(int(cell_of_gpu.max()) + 1)]
-    means = _means(transfer, dense, cell_of_gpu)
-    whole = [np.concatenate(pair) for pair in zip(dense, means, strict=True)]
-    whole[0] = np.stack([whole[0][:, gpus].min(axis=1) for gpus in cells], axis=1)
-    kept = np.any([matrix.reshape(len(matrix), -1).any(axis=1) for matrix in whole], axis=0)
-    return [matrix[kept] for matrix in whole]
-
-
-def _means(transfer: TransferRows, dense: list[Floats], cell_of_gpu: Ints) -> list[Floats]:
-    """Return rows of one kind and cell as their mean, weighed by capacity, for every level."""
-    by_gpu = np.asarray(dense[0].any(axis=2))  # [rows, gpus]
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row in range(len(by_gpu)):
-        touched = np.unique(cell_of_gpu[by_gpu[row]])
-        if len(touched) == 1:
-            groups.setdefault((int(touched[0]), int(transfer.kind[row])), []).append(row)
-    weights = np.zeros((len(groups), len(by_gpu)))
-    for number, rows in enumerate(groups.values()):
-        weights[number, rows] = transfer.capacity[rows] / transfer.capacity[rows].sum()
-    return [np.tensordot(weights, matrix, axes=1) for matrix in dense]
