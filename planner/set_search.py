@@ -9,6 +9,7 @@ place.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -183,6 +184,19 @@ class _Change:
         return total
 
 
+class _Members(NamedTuple):
+    """Token sets with one of their experts each, [members]."""
+
+    edge: Ints
+    expert: Ints
+
+
+def _members(sets: TokenSets, edges: Ints) -> _Members:
+    experts = sets.experts[edges]
+    row, column = np.nonzero(experts >= 0)
+    return _Members(edge=edges[row], expert=experts[row, column])
+
+
 class _Window:
     """One window's tokens under a placement."""
 
@@ -193,12 +207,12 @@ class _Window:
         place_of_gpu: tuple[Ints, ...],
         placement: Placement,
     ) -> None:
-        self._sets, self._counts = sets, counts
-        edge, slot = np.nonzero(sets.experts >= 0)
-        self._edge, self._expert = edge, sets.experts[edge, slot]
-        order = np.argsort(self._expert, kind="stable")
-        ends = np.cumsum(np.bincount(self._expert, minlength=counts.shape[1]))
-        self._edges_of = np.split(edge[order], ends[:-1])
+        self.sets, self.counts = sets, counts
+        self.members = _members(sets, np.arange(len(sets.weight)))
+        order = np.argsort(self.members.expert, kind="stable")
+        ends = np.cumsum(np.bincount(self.members.expert, minlength=counts.shape[1]))
+        self.edges_of = np.split(self.members.edge[order], ends[:-1])
+        self.members_of = [_members(sets, edges) for edges in self.edges_of]
         self._levels = [_Level(self, place, placement) for place in place_of_gpu]
 
     @property
@@ -217,10 +231,10 @@ class _Window:
 
     def by_expert(self, edge: Ints, expert: Ints) -> Floats:
         """Return the tokens of sets, given with one of their experts each, [experts, sources]."""
-        num_sources = self._sets.num_sources
-        cell = expert * num_sources + self._sets.source[edge]
-        size = self._counts.shape[1] * num_sources
-        total = np.bincount(cell, weights=self._sets.weight[edge], minlength=size)
+        num_sources = self.sets.num_sources
+        cell = expert * num_sources + self.sets.source[edge]
+        size = self.counts.shape[1] * num_sources
+        total = np.bincount(cell, weights=self.sets.weight[edge], minlength=size)
         return total.astype(float).reshape(-1, num_sources)
 
 
@@ -231,64 +245,62 @@ class _Level:
         self._window = window
         self._place_of_gpu = place_of_gpu
         self._place = place_of_gpu[placement]  # of every expert
-        sets, num_places = window._sets, int(place_of_gpu.max()) + 1
-        self._hits = np.zeros((len(sets.weight), num_places), dtype=np.int16)
-        np.add.at(self._hits, (window._edge, self._place[window._expert]), 1)
-        self.reached, self._only = self._tokens_of(np.arange(len(sets.weight)))
+        sets = window.sets
+        self._num_places = int(place_of_gpu.max()) + 1
+        self._hits = np.zeros((self._num_places, len(sets.weight)), dtype=np.int16)
+        np.add.at(self._hits, (self._place[window.members.expert], window.members.edge), 1)
+        self.reached = np.zeros((sets.num_sources, self._num_places))
+        self._only = np.zeros_like(window.counts.T)
+        self._add(window.members, 1.0)
         self._without: dict[int, Floats] = {}
 
-    def _tokens_of(self, edges: Ints) -> tuple[Floats, Floats]:
-        """Return what some sets add to the tokens of places and of experts alone at theirs."""
-        window, sets = self._window, self._window._sets
-        num_sources, num_places = sets.num_sources, self._hits.shape[1]
-        row, place = np.nonzero(self._hits[edges])
-        reached = np.bincount(
-            sets.source[edges[row]] * num_places + place,
-            weights=sets.weight[edges[row]],
-            minlength=num_sources * num_places,
+    def _add(self, members: _Members, sign: float) -> None:
+        """Add what some sets give to the tokens of places and of experts alone at theirs."""
+        window = self._window
+        place = self._place[members.expert]
+        hits = self._hits[place, members.edge]
+        # A set's experts at a place share out its tokens there.
+        source, part = window.sets.source[members.edge], window.sets.weight[members.edge] / hits
+        total = np.bincount(
+            source * self._num_places + place, weights=part, minlength=self.reached.size
         )
-        members = sets.experts[edges]
-        row, column = np.nonzero(members >= 0)
-        edge, expert = edges[row], members[row, column]
-        only = self._hits[edge, self._place[expert]] == 1
-        alone = window.by_expert(edge[only], expert[only])
-        return reached.astype(float).reshape(num_sources, num_places), alone
+        self.reached = self.reached + sign * total.reshape(self.reached.shape)
+        only = hits == 1
+        self._only += sign * window.by_expert(members.edge[only], members.expert[only])
 
     def _tokens_without(self, place: int) -> Floats:
         """Return the tokens of every expert that do not reach a place, [experts, sources]."""
         if place not in self._without:
             window = self._window
-            there = self._hits[window._edge, place] > 0
-            with_place = window.by_expert(window._edge[there], window._expert[there])
-            self._without[place] = window._counts.T - with_place
+            there = np.flatnonzero(self._hits[place, window.members.edge])
+            with_place = window.by_expert(window.members.edge[there], window.members.expert[there])
+            self._without[place] = window.counts.T - with_place
         return self._without[place]
 
     def change(self, expert: int, targets: Ints) -> _Change:
         """Return what swaps with every expert and moves to every GPU change, [steps]."""
-        window, place = self._window, self._place
-        sets, num_experts = window._sets, len(place)
-        here, there = int(place[expert]), self._place_of_gpu[targets]
-        edges = window._edges_of[expert]
-        hits, members = self._hits[edges], sets.experts[edges]
-        weight, source, num_sources = sets.weight[edges], sets.source[edges], sets.num_sources
+        window, num_experts = self._window, len(self._place)
+        here, there = int(self._place[expert]), self._place_of_gpu[targets]
+        own, num_sources = window.edges_of[expert], window.sets.num_sources
+        source, weight = window.sets.source, window.sets.weight
+        members = window.members_of[expert]
+        place = self._place[members.expert]
+        hits = self._hits[place, members.edge]
 
-        row, column = np.nonzero((members >= 0) & (members != expert))
-        other = members[row, column]
-        single = hits[:, here] == 1
+        single = own[self._hits[here, own] == 1]
         lost = np.bincount(source[single], weights=weight[single], minlength=num_sources)
         # A partner that shares the token takes over the place, and leaves the expert its own.
-        kept = window.by_expert(edges[row[single[row]]], other[single[row]])
-        lonely = hits[row, place[other]] == 1
-        stays = window.by_expert(edges[row[lonely]], other[lonely])
-
-        edge, at = np.nonzero(hits)
-        num_places = hits.shape[1]
+        other = members.expert != expert
+        takes = other & (self._hits[here, members.edge] == 1)
+        kept = window.by_expert(members.edge[takes], members.expert[takes])
+        lonely = other & (hits == 1)
+        stays = window.by_expert(members.edge[lonely], members.expert[lonely])
         known = np.bincount(
-            at * num_sources + source[edge],
-            weights=weight[edge],
-            minlength=num_places * num_sources,
-        ).reshape(num_places, num_sources)
-        gained = window._counts[:, expert] - known  # [places, sources]
+            place * num_sources + source[members.edge],
+            weights=weight[members.edge] / hits,
+            minlength=self._num_places * num_sources,
+        ).reshape(self._num_places, num_sources)
+        gained = window.counts[:, expert] - known  # [places, sources]
 
         old = np.tile(-lost.astype(float), (len(targets), 1))
         old[:num_experts] += kept + self._tokens_without(here)
@@ -299,18 +311,18 @@ class _Level:
 
     def move(self, moved: dict[int, int]) -> None:
         """Put experts on other GPUs."""
-        edges = np.unique(np.concatenate([self._window._edges_of[expert] for expert in moved]))
-        reached, only = self._tokens_of(edges)
+        window = self._window
+        edges = np.unique(np.concatenate([window.edges_of[expert] for expert in moved]))
+        members = _members(window.sets, edges)
+        self._add(members, -1.0)
         for expert, gpu in moved.items():
-            own, place = self._window._edges_of[expert], self._place_of_gpu[gpu]
-            self._hits[own, self._place[expert]] -= 1
-            self._hits[own, place] += 1
+            own, place = window.edges_of[expert], int(self._place_of_gpu[gpu])
+            self._hits[self._place[expert], own] -= 1
+            self._hits[place, own] += 1
             self._without.pop(int(self._place[expert]), None)
-            self._without.pop(int(place), None)
+            self._without.pop(place, None)
             self._place[expert] = place
-        reached_now, only_now = self._tokens_of(edges)
-        self.reached = self.reached + (reached_now - reached)
-        self._only += only_now - only
+        self._add(members, 1.0)
 
 
 def _compute_after(phase: PhaseRows, placement: Placement, expert: int, targets: Ints) -> Floats:
