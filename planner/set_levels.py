@@ -95,7 +95,7 @@ def _searched(task: SetTask, start: LayerPlacement, effort: Effort) -> LayerPlac
     """Improve every start by swaps, and return the best."""
     best = start
     for name, placement in _starts(task, start, effort):
-        if best.is_done(0.0) or (name != "contiguous" and not effort.left_s):
+        if best.is_done(0.0) or not effort.left_s:
             break
         search = SetSearch(task.layer, placement, task.capacity)
         best = _offered(best, search, name)
