@@ -9,7 +9,7 @@ This is partition of a hypergraph, which is hard in practice, too: the gap that 
 where tokens are many and choose nearly at random.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -29,6 +29,8 @@ from .terms import cell_terms
 _SMALL = 256  # experts x GPUs up to which the program over GPUs is tried
 _KICKS_SMALL = 20
 _KICKS = 2
+
+Report = Callable[[LayerPlacement], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +65,28 @@ def start_with_sets(task: SetTask) -> LayerPlacement:
     )
 
 
-def place_with_sets(task: SetTask, start: LayerPlacement, effort: Effort) -> LayerPlacement:
-    """Return a placement of one layer with a proven bound."""
-    best = _searched(task, start, effort)
+def place_with_sets(
+    task: SetTask, start: LayerPlacement, effort: Effort, report: Report
+) -> LayerPlacement:
+    """Return a placement of one layer with a proven bound.
+
+    Args:
+        task: the layer.
+        start: what to improve on.
+        effort: when to stop.
+        report: takes what is better on the way, for who ends this by Ctrl-C.
+    """
+    best = start
+    for best in _searched(task, start, effort):
+        report(best)
     if not best.is_done(effort.gap):
         best = _proven(best, reach_bound(task.layer, task.island, task.capacity))
+        report(best)
     num_gpus = len(task.capacity)
     small = task.layer.num_experts * num_gpus <= _SMALL
     if not best.is_done(effort.gap):
         best = _shaken(task, best, effort, _KICKS_SMALL if small else _KICKS)
+        report(best)
     if int(task.island.max()) and not best.is_done(effort.gap) and effort.left_s:
         best = _by_program(task, best, task.island, effort)
     if small and not best.is_done(effort.gap) and effort.left_s:
@@ -91,8 +106,8 @@ def _offered(best: LayerPlacement, search: SetSearch, found_by: str) -> LayerPla
     return best
 
 
-def _searched(task: SetTask, start: LayerPlacement, effort: Effort) -> LayerPlacement:
-    """Improve every start by swaps, and return the best."""
+def _searched(task: SetTask, start: LayerPlacement, effort: Effort) -> Iterator[LayerPlacement]:
+    """Improve every start by swaps, and yield the best so far."""
     best = start
     for name, placement in _starts(task, start, effort):
         if best.is_done(0.0) or not effort.left_s:
@@ -101,7 +116,7 @@ def _searched(task: SetTask, start: LayerPlacement, effort: Effort) -> LayerPlac
         best = _offered(best, search, name)
         search.descend(lambda: not effort.left_s)
         best = _offered(best, search, f"{name} + swaps")
-    return best
+        yield best
 
 
 def _starts(

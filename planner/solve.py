@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ from .replicas import (
 )
 from .rows import LayerRows, RowBuilder
 from .search import NoRoomError, contiguous
-from .set_levels import SetTask, place_with_sets, start_with_sets
+from .set_levels import Report, SetTask, place_with_sets, start_with_sets
 from .set_rows import SetRowBuilder
 from .terms import gpu_terms
 from .whole_groups import GroupTask, check_groups, place_with_groups, start_with_groups
@@ -164,7 +165,8 @@ class _Work:
         else:
             for number, layer in enumerate(self.rows):
                 share_s = self.effort.left_s / (len(self.rows) - number)
-                self._take(layer, _place_within(self._task(layer), self.effort, share_s))
+                keep = partial(self.best.__setitem__, layer)  # Ctrl-C leaves it there
+                self._take(layer, _place_within(self._task(layer), self.effort, share_s, keep))
 
     def solutions(self) -> Iterator[LayerSolution]:
         """Yield every layer's solution, priced by the evaluator."""
@@ -261,10 +263,11 @@ class _Work:
     def _bound_with(self, layer: int, rows: LayerRows, capacity: Capacity) -> float:
         if self.problem.keep_groups:
             groups = self._with_groups(layer, capacity)
-            return place_with_groups(groups, start_with_groups(groups), self.effort).bound_s
+            start = start_with_groups(groups)
+            return place_with_groups(groups, start, self.effort, _forget).bound_s
         if self.set_builder is not None:
             task = self._with_sets(layer, capacity)
-            return place_with_sets(task, start_with_sets(task), self.effort).bound_s
+            return place_with_sets(task, start_with_sets(task), self.effort, _forget).bound_s
         if self.problem.replication.extra:
             return bound_with_replicas(self._replicated(layer, capacity), self.effort)
         start = in_id_order(rows, capacity)
@@ -295,18 +298,24 @@ class _Work:
             )
 
 
-def _place_within(task: AnyTask, effort: Effort, budget_s: float) -> LayerPlacement:
+def _forget(better: LayerPlacement) -> None:
+    """Take a report that nobody needs."""
+
+
+def _place_within(
+    task: AnyTask, effort: Effort, budget_s: float, report: Report = _forget
+) -> LayerPlacement:
     """Solve one layer within its own time, from when it starts."""
-    return _place(task, replace(effort, deadline=time.monotonic() + budget_s))
+    return _place(task, replace(effort, deadline=time.monotonic() + budget_s), report)
 
 
-def _place(task: AnyTask, effort: Effort) -> LayerPlacement:
+def _place(task: AnyTask, effort: Effort, report: Report = _forget) -> LayerPlacement:
     if isinstance(task[0], ReplicatedTask):
         return place_replicated(task[0], task[1], effort)
     if isinstance(task[0], GroupTask):
-        return place_with_groups(task[0], task[1], effort)
+        return place_with_groups(task[0], task[1], effort, report)
     if isinstance(task[0], SetTask):
-        return place_with_sets(task[0], task[1], effort)
+        return place_with_sets(task[0], task[1], effort, report)
     return place_layer(task, effort)
 
 

@@ -19,7 +19,7 @@ from .problem import Problem
 from .rows import Ints, LayerRows
 from .search import best_start
 from .set_bound import reach_bound
-from .set_levels import SetTask
+from .set_levels import Report, SetTask
 from .set_search import SetSearch
 from .terms import LayerTerms, cell_terms
 
@@ -114,12 +114,22 @@ def start_with_groups(task: GroupTask) -> LayerPlacement:
     )
 
 
-def place_with_groups(task: GroupTask, start: LayerPlacement, effort: Effort) -> LayerPlacement:
-    """Return a placement that keeps groups whole, with a bound on all that do."""
+def place_with_groups(
+    task: GroupTask, start: LayerPlacement, effort: Effort, report: Report
+) -> LayerPlacement:
+    """Return a placement that keeps groups whole, with a bound on all that do.
+
+    Args:
+        task: the layer.
+        start: what to improve on.
+        effort: when to stop.
+        report: takes what is better on the way, for who ends this by Ctrl-C.
+    """
     best = start
     terms = _group_terms(task)
     name, hosts = best_start(terms, task.room, effort.seed)
     best = _offered(task, best, hosts, f"{name} over groups", effort)
+    report(best)
     if task.with_sets is not None:
         best = _improved(task, best, effort)
         sets = task.with_sets
@@ -127,6 +137,7 @@ def place_with_groups(task: GroupTask, start: LayerPlacement, effort: Effort) ->
         return replace(best, bound_s=min(max(best.bound_s, bound_s), best.seconds))
     best = replace(best, free_bound_s=_free_bound(task, effort))
     best = _proven(best, max(terms.floor_s, best.free_bound_s or 0.0))
+    report(best)
     if not best.is_done(effort.gap):
         hosts, bound_s = run_program(terms, task.room, hosts, effort)
         best = _offered(task, best, hosts, "integer program over groups", effort)

@@ -324,3 +324,17 @@ def test_the_limit_is_kept_and_said(mode: TransferMode) -> None:
     assert solution.seconds < 15
     again = solve(problem, gap=0.9)
     assert again.layers[0].shares.tobytes() == solve(problem, gap=0.9).layers[0].shares.tobytes()
+
+
+def test_ctrl_c_keeps_what_the_search_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    topk = random_tokens(1, 8, 32, top_k=4, tokens=100)
+    problem = token_problem(topk, 32, tiny_cluster((4, 4)), "direct", experts_per_gpu=4)
+
+    def stopped(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("epplan.planner.set_levels.reach_bound", stopped)
+    solution = solve(problem)
+    assert solution.interrupted
+    assert solution.objective_s < solution.layers[0].contiguous_s * 0.95
+    assert 0 < solution.bound_s <= solution.objective_s
