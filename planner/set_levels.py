@@ -1,9 +1,10 @@
 """One layer where it matters which experts are chosen together: search, then proof.
 
-    1  starts: id order, the placement for counts alone, experts grouped by common tokens
-    2  swaps and moves on the exact rows (`set_search`), the best shaken up and improved again
-    3  bounds on all placements: from single experts, from pairs of experts (`set_bound`), and from
-       the integer program over islands, or GPUs in small groups, which may find a better placement
+    1  bounds on all placements, from single experts and from pairs of experts (`set_bound`)
+    2  starts: id order, the placement for counts alone, experts grouped by common tokens
+    3  swaps and moves on the exact rows (`set_search`), the best shaken up and improved again
+    4  the integer program over islands, or GPUs in small groups, for a tighter bound and perhaps a
+       better placement
 
 This is partition of a hypergraph, which is hard in practice, too: the gap that is proven stays wide
 where tokens are many and choose nearly at random.
@@ -77,10 +78,11 @@ def place_with_sets(
         report: takes what is better on the way, for who ends this by Ctrl-C.
     """
     best = start
-    for best in _searched(task, start, effort):
-        report(best)
-    if not best.is_done(effort.gap):
+    if effort.left_s:
         best = _proven(best, reach_bound(task.layer, task.island, task.capacity))
+        report(best)
+    for better in _searched(task, best, effort):
+        best = better
         report(best)
     num_gpus = len(task.capacity)
     small = task.layer.num_experts * num_gpus <= _SMALL

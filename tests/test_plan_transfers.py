@@ -12,6 +12,7 @@ from epplan.errors import InfeasibleError, InputError
 from epplan.planner.assemble import assemble_plan
 from epplan.planner.cost import evaluate_layer, one_copy, rows_sent
 from epplan.planner.forwarding import entry_ranks, path_latency, through_islands
+from epplan.planner.levels import LayerPlacement
 from epplan.planner.objective import Objective
 from epplan.planner.pair_bound import Reach, coactivation, most_at_home, most_pairs
 from epplan.planner.plan import TransferMode
@@ -330,10 +331,10 @@ def test_ctrl_c_keeps_what_the_search_found(monkeypatch: pytest.MonkeyPatch) -> 
     topk = random_tokens(1, 8, 32, top_k=4, tokens=100)
     problem = token_problem(topk, 32, tiny_cluster((4, 4)), "direct", experts_per_gpu=4)
 
-    def stopped(*_: object) -> float:
+    def stopped(*_: object) -> LayerPlacement:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("epplan.planner.set_levels.reach_bound", stopped)
+    monkeypatch.setattr("epplan.planner.set_levels._shaken", stopped)
     solution = solve(problem)
     assert solution.interrupted
     assert solution.objective_s < solution.layers[0].contiguous_s * 0.95
