@@ -20,9 +20,11 @@ per token, and j = 0 holds where home is several places. Summed over tokens H is
 best assignment of experts to homes keeps there.
 """
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import eigh
 from scipy.optimize import linear_sum_assignment
 
 from .rows import Floats, Ints
@@ -47,7 +49,7 @@ def coactivation(sets: TokenSets, num_experts: int) -> Floats:
     return together
 
 
-def most_pairs(together: Floats, capacity: Ints) -> float:
+def most_pairs(together: Floats, capacity: Ints, deadline: float = np.inf) -> float:
     """Return a bound on the weight of pairs inside places, over all placements.
 
     With X the 0/1 matrix of experts x places, twice the weight is tr(X' C X), and for any d
@@ -63,28 +65,35 @@ def most_pairs(together: Floats, capacity: Ints) -> float:
     Args:
         together: C, [experts, experts], symmetric, 0 on the diagonal.
         capacity: most experts at every place, [places].
+        deadline: when to stop improving d (time.monotonic).
     """
     num_experts = len(together)
     partners = np.sort(together, axis=1)[:, ::-1][:, : max(0, int(capacity.max()) - 1)]
     best = float(partners.sum()) / 2
     largest = np.sort(capacity)[::-1]
-    size = np.diff(np.minimum(np.cumsum(largest), num_experts), prepend=0)[:num_experts]
-    size = np.pad(size, (0, num_experts - len(size))).astype(float)
-    value, vector = np.linalg.eigh(together)
-    diagonal = -value[-1] * vector[:, -1] ** 2  # makes popularity alone a matrix of rank one
+    size = np.diff(np.minimum(np.cumsum(largest), num_experts), prepend=0)
+    size = size[size > 0].astype(float)
+    value, vector = _largest_pairs(together, 1)
+    diagonal = -value[0] * vector[:, 0] ** 2  # makes popularity alone a matrix of rank one
     step, since = float(together.sum()) / num_experts**1.5, 0
     for _ in range(_STEPS):
-        value, vector = np.linalg.eigh(together - np.diag(diagonal))
-        value, vector = value[::-1], vector[:, ::-1]
+        value, vector = _largest_pairs(together - np.diag(diagonal), len(size))
         bound = float(diagonal.sum() + size @ np.maximum(value, 0.0)) / 2
         since = 0 if bound < best * (1 - 1e-5) else since + 1
         best = min(best, bound)
-        if since > _PATIENCE:
+        if since > _PATIENCE or time.monotonic() > deadline:
             break
         slope = 1.0 - vector**2 @ (size * (value > 0))
         diagonal = diagonal - step * slope / max(float(np.linalg.norm(slope)), 1e-12)
         step *= 0.93
     return best * (1 + 1e-9)  # rounding of the eigenvalues
+
+
+def _largest_pairs(matrix: Floats, number: int) -> tuple[Floats, Floats]:
+    """Return the largest eigenvalues, descending, [number], and their vectors, [n, number]."""
+    last = len(matrix) - 1
+    value, vector = eigh(matrix, subset_by_index=[last - number + 1, last])
+    return value[::-1], vector[:, ::-1]
 
 
 def most_at_home(home_counts: Floats, capacity: Ints) -> float:

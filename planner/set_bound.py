@@ -29,16 +29,17 @@ class _Least:
     reached: float
 
 
-def reach_bound(layer: SetLayer, island: Ints, capacity: Ints) -> float:
+def reach_bound(layer: SetLayer, island: Ints, capacity: Ints, deadline: float = np.inf) -> float:
     """Return seconds that no placement of a layer goes below.
 
     Args:
         layer: the layer.
         island: of every GPU, [gpus].
         capacity: most experts on every GPU, [gpus].
+        deadline: when to stop improving it (time.monotonic).
     """
     known = [
-        [_least(layer, window, places, island, capacity) for places in layer.place_of_gpu]
+        [_least(layer, window, places, island, capacity, deadline) for places in layer.place_of_gpu]
         for window in range(len(layer.sets))
     ]
     transfers = [
@@ -64,12 +65,17 @@ def _other_bound(phase: PhaseRows) -> float:
 
 
 def _least(
-    layer: SetLayer, window: int, place_of_gpu: Ints, island: Ints, capacity: Ints
+    layer: SetLayer,
+    window: int,
+    place_of_gpu: Ints,
+    island: Ints,
+    capacity: Ints,
+    deadline: float,
 ) -> list[_Least]:
     """Return what is known of one window at one level, for every kind of home."""
     sets, counts = layer.sets[window], layer.counts[window]
     room = np.bincount(place_of_gpu, weights=capacity).astype(np.int64)
-    pairs = most_pairs(coactivation(sets, layer.num_experts), room)
+    pairs = most_pairs(coactivation(sets, layer.num_experts), room, deadline)
 
     def reach(at_home: float = 0.0, *, single_home: bool = True) -> float:
         known = Reach(

@@ -28,6 +28,7 @@ from .set_search import SetSearch
 from .terms import cell_terms
 
 _SMALL = 256  # experts x GPUs up to which the program over GPUs is tried
+_SHARE_BOUND = 0.2  # of the time, for the bound from pairs; it takes seconds at most
 _KICKS_SMALL = 20
 _KICKS = 2
 
@@ -79,7 +80,8 @@ def place_with_sets(
     """
     best = start
     if effort.left_s:
-        best = _proven(best, reach_bound(task.layer, task.island, task.capacity))
+        deadline = effort.deadline - (1 - _SHARE_BOUND) * effort.left_s
+        best = _proven(best, reach_bound(task.layer, task.island, task.capacity, deadline))
         report(best)
     for better in _searched(task, best, effort):
         best = better

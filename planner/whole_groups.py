@@ -133,7 +133,7 @@ def place_with_groups(
     if task.with_sets is not None:
         best = _improved(task, best, effort)
         sets = task.with_sets
-        bound_s = reach_bound(sets.layer, sets.island, sets.capacity)
+        bound_s = reach_bound(sets.layer, sets.island, sets.capacity, effort.deadline)
         return replace(best, bound_s=min(max(best.bound_s, bound_s), best.seconds))
     best = replace(best, free_bound_s=_free_bound(task, effort))
     best = _proven(best, max(terms.floor_s, best.free_bound_s or 0.0))
