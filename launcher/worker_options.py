@@ -102,8 +102,8 @@ _OPTIONS = (
     ),
     click.option(
         "--dedup/--no-dedup",
-        default=False,
-        show_default=True,
+        default=None,
+        show_default="as the plan prices it",
         help="Send a token once to a rank, however many of its experts are there.",
     ),
     click.option(

@@ -26,6 +26,12 @@ from .solve import LayerSolution, Solution
 from .traffic import Traffic
 
 _SAME = 1 + 1e-6  # times closer than this are equal
+_TRANSFERS = {
+    "per-choice": "one row per (token, expert) crosses the network",
+    "direct": "one row per (token, rank) travels, however many of its experts are there",
+    "node-dedup": "one row per (token, host or NVLink domain) crosses the network, to the GPU with "
+    "the sender's number, which forwards it inside; combine is the mirror image",
+}
 
 
 def assemble_plan(
@@ -76,6 +82,8 @@ def assemble_plan(
             tokens_per_rank=traffic.tokens_per_rank,
             source_ranks=traffic.source_ranks,
             windows=traffic.windows,
+            transfer=problem.transfer,
+            keep_groups=problem.keep_groups,
         ),
         ranks=_ranks(cluster, problem),
         slots_per_rank=slots_per_rank,
@@ -157,6 +165,8 @@ def _layer_cost(problem: Problem, number: int, layer: LayerSolution) -> LayerCos
 
 def _binding(problem: Problem, number: int, layer: LayerSolution) -> str:
     phase = _longest(layer.evaluation)
+    if problem.transfer == "node-dedup" and phase.name != "compute":
+        return f"{phase.name}: {phase.worst}"  # its rows are for a whole island's experts
     return f"{phase.name}: {phase.worst}{_whose(problem, number, layer, phase)}"
 
 
@@ -189,9 +199,12 @@ def _verdict(problem: Problem, number: int, layer: LayerSolution) -> str:
         if gain > _SAME
         else "no better than contiguous"
     )
+    if layer.free_bound_s is not None:
+        found += f"; without whole groups the bound is {format_time(layer.free_bound_s)}"
     if seconds > layer.bound_s * _SAME:
         return f"within {1 - layer.bound_s / seconds:.2%} of any placement; {found}"
-    if seconds > layer.floor_s * _SAME or problem.replication.extra:
+    special = problem.replication.extra or problem.sets is not None or problem.keep_groups
+    if seconds > layer.floor_s * _SAME or special:
         return f"no placement is faster; {found}"
     hot, bound = _with_a_replica(problem, number)
     text = f"no placement is faster: one expert alone takes this long anywhere; {found}"
@@ -236,14 +249,21 @@ def _certificate(
         scope=(
             f"all placements with {_copies(problem)} and at most {problem.experts_per_gpu} "
             f"of a layer on a GPU, on these {problem.num_ranks} GPUs and this traffic"
+            f"{_transfer_in_scope(problem)}"
         ),
         choice_bound_s=choice_bound_s,
         choice_gap=None if choice_bound_s is None else (objective - choice_bound_s) / objective,
     )
 
 
+def _transfer_in_scope(problem: Problem) -> str:
+    return "" if problem.transfer == "per-choice" else f", with transfer {problem.transfer}"
+
+
 def _copies(problem: Problem) -> str:
     extra = problem.replication.extra
+    if problem.keep_groups:
+        return "one copy of each expert, whole routing groups on a host"
     if not extra:
         return "one copy of each expert"
     return f"{extra} replicas or fewer of any experts, with any shares of their traffic,"
@@ -273,6 +293,13 @@ def _replication(problem: Problem) -> tuple[str, ...]:
     return (text, "every expert has copies on two hosts") if rule.survive_hosts else (text,)
 
 
+def _transfer(problem: Problem) -> str:
+    text = _TRANSFERS[problem.transfer]
+    if problem.transfer == "direct" and problem.sets is None:
+        text += ": with one expert a GPU, one per (token, expert)"
+    return text
+
+
 def _assumptions(problem: Problem) -> tuple[str, ...]:
     links = [resource.link for resource in problem.routes.resources]
     unmeasured = sorted({link.kind for link in links if link.provenance != "measured"})
@@ -282,7 +309,7 @@ def _assumptions(problem: Problem) -> tuple[str, ...]:
     ]
     return (
         *_replication(problem),
-        f"one row per (token, expert) crosses the network; {_objective(problem)}",
+        f"{_transfer(problem)}; {_objective(problem)}",
         "attention, shared experts and dense layers are left out: placement does not change them",
         f"{' and '.join(rates)} are rated x efficiency of hardware profiles, not measured here",
         f"{MEMORY_HEADROOM:.0%} of every GPU's memory is kept free",

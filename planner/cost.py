@@ -8,8 +8,10 @@ A layer is three phases, dispatch (hidden vectors to the experts' ranks), comput
 
 `objective` says how phases and windows become one number.
 
-Transfers are per choice: one row per (token, expert) on another rank, as `all_to_all_single` sends
-them; with one expert per GPU this is also one row per (token, rank).
+What is sent, and through whom, is the problem's transfer mode (`forwarding`): per choice, one row
+per (token, expert) on another rank, comes from counts; one row per (token, rank), or per (token,
+island) with forwarding, comes from the sets of experts that tokens choose together. The experts'
+work is the same in all modes.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import numpy.typing as npt
 from epplan.topologies.hardware import hardware
 from epplan.topologies.routes import Routes
 
+from .forwarding import through_islands
 from .problem import Problem
 
 Floats = npt.NDArray[np.float64]
@@ -87,22 +90,30 @@ class TransferCost:
         return self.latency_s + float(self.busy_s.max(initial=0.0))
 
 
-def transfer_cost(routes: Routes, sent: Floats, start_s: float | None = None) -> TransferCost:
+def transfer_cost(
+    routes: Routes,
+    sent: Floats,
+    start_s: float | None = None,
+    path_latency_s: Floats | None = None,
+) -> TransferCost:
     """Return what a transfer costs.
 
     Args:
         routes: between the ranks.
         sent: bytes from every rank to every rank, [ranks, ranks].
         start_s: once per transfer; None is a profile's.
+        path_latency_s: of the paths that are used from end to end, any shape; None: `sent` is not
+            forwarded, and its pairs are the paths.
     """
     amounts = routes.bytes_per_resource(sent)
     busy_s = amounts / routes.capacity
-    away = ~np.eye(len(sent), dtype=bool) & (sent > 0)
+    if path_latency_s is None:
+        path_latency_s = routes.latency_s[~np.eye(len(sent), dtype=bool) & (sent > 0)]
     start_s = hardware().latency["base"] if start_s is None else start_s
     return TransferCost(
         bytes=amounts,
         busy_s=busy_s,
-        latency_s=float(start_s + routes.latency_s[away].max(initial=0.0)),
+        latency_s=float(start_s + path_latency_s.max(initial=0.0)),
         worst=int(busy_s.argmax()) if busy_s.size else 0,
     )
 
@@ -113,9 +124,31 @@ def one_copy(placement: Placement, num_ranks: int) -> Shares:
 
 
 def rows_between_ranks(problem: Problem, window: int, layer: int, shares: Shares) -> Floats:
-    """Return rows sent from every home rank to every rank with experts, [ranks, ranks]."""
+    """Return assignments of every home rank to experts of every rank, [ranks, ranks]."""
     rows: Floats = problem.counts[window, layer] @ shares
     return rows
+
+
+def rows_sent(problem: Problem, window: int, layer: int, shares: Shares) -> Floats:
+    """Return rows that every rank sends to every rank in dispatch, hop by hop, [ranks, ranks].
+
+    The diagonal is what stays on its rank.
+    """
+    if problem.sets is None:
+        return rows_between_ranks(problem, window, layer, shares)
+    num_ranks, island = problem.num_ranks, problem.routes.island
+    sets, rank = problem.sets[window][layer], shares.argmax(axis=1)
+
+    def reached(place: npt.NDArray[np.intp], num_places: int) -> Floats:
+        tokens = sets.reached(place, num_places)
+        if sets.num_sources == 1:  # in equal parts from all ranks
+            tokens = np.repeat(tokens / num_ranks, num_ranks, axis=0)
+        return tokens
+
+    to_rank = reached(rank, num_ranks)
+    if problem.transfer == "direct":
+        return to_rank
+    return through_islands(to_rank, reached(island[rank], int(island.max()) + 1), island)
 
 
 def evaluate_layer(problem: Problem, layer: int, shares: Shares) -> LayerEvaluation:
@@ -127,7 +160,12 @@ def evaluate_layer(problem: Problem, layer: int, shares: Shares) -> LayerEvaluat
         shares: of every expert's rows on each rank; a copy is where the share is not 0.
     """
     windows = [
-        _evaluate_window(problem, rows_between_ranks(problem, window, layer, shares), shares)
+        _evaluate_window(
+            problem,
+            rows_between_ranks(problem, window, layer, shares),
+            rows_sent(problem, window, layer, shares),
+            shares,
+        )
         for window in range(len(problem.counts))
     ]
     seconds = problem.objective.seconds(np.array([window.seconds for window in windows]))
@@ -136,10 +174,14 @@ def evaluate_layer(problem: Problem, layer: int, shares: Shares) -> LayerEvaluat
     return LayerEvaluation(windows=tuple(counting), seconds=float(seconds))
 
 
-def _evaluate_window(problem: Problem, rows: Floats, shares: Shares) -> WindowEvaluation:
-    dispatch = _transfer(problem, "dispatch", rows)
-    compute = _compute(problem, rows, shares)
-    combine = _transfer(problem, "combine", rows.T)
+def _evaluate_window(
+    problem: Problem, computed: Floats, sent: Floats, shares: Shares
+) -> WindowEvaluation:
+    used = ~np.eye(problem.num_ranks, dtype=bool) & (computed > 0)
+    there_s, back_s = (problem.path_latency_s(combine=back)[used] for back in (False, True))
+    dispatch = _transfer(problem, "dispatch", sent, there_s)
+    compute = _compute(problem, computed, shares)
+    combine = _transfer(problem, "combine", sent.T, back_s)
     seconds = problem.objective.window_seconds(
         np.array(dispatch.seconds + combine.seconds), np.array(compute.seconds)
     )
@@ -148,11 +190,11 @@ def _evaluate_window(problem: Problem, rows: Floats, shares: Shares) -> WindowEv
     )
 
 
-def _transfer(problem: Problem, name: str, rows: Floats) -> Phase:
+def _transfer(problem: Problem, name: str, rows: Floats, path_latency_s: Floats) -> Phase:
     routes = problem.routes
     if not routes.resources:
         return Phase(name=name, seconds=0.0, worst="nothing leaves a GPU", worst_bytes=0.0, rank=0)
-    cost = transfer_cost(routes, rows * problem.model.row_bytes)
+    cost = transfer_cost(routes, rows * problem.model.row_bytes, path_latency_s=path_latency_s)
     away = rows * ~np.eye(len(rows), dtype=bool)
     return Phase(
         name=name,

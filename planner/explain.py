@@ -153,7 +153,7 @@ def _certificate(plan: Plan) -> Table:
     meaning = {
         "optimal": "optimal: proven, no placement is faster",
         "feasible": "feasible: the gap asked for is proven",
-        "limit": "limit: the gap asked for was not reached in time; the gap below is proven",
+        "limit": "limit: the gap asked for was not reached; the gap below is proven",
     }
     table = Table(title="certificate", title_justify="left", show_header=False)
     table.add_column("what")

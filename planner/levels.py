@@ -42,6 +42,7 @@ class LayerPlacement:
         floor_s: the part of the bound that single experts cause wherever they sit.
         expert: of every item; None where items are the experts.
         share: of its expert's rows that an item takes; None is all.
+        free_bound_s: the bound without a constraint that was asked for; None: there was none.
     """
 
     placement: Placement
@@ -51,6 +52,7 @@ class LayerPlacement:
     floor_s: float
     expert: Ints | None = None
     share: Floats | None = None
+    free_bound_s: float | None = None
 
     def shares(self, num_ranks: int) -> Shares:
         """Return the share of every expert's rows on each rank, [experts, ranks]."""

@@ -91,6 +91,8 @@ def replan(plan: Plan, traffic: Traffic, *, min_gain: float, command: str) -> Re
         }
     )
     priced, price_note = _priced(placed, traffic)
+    if plan.workload.transfer != "per-choice":
+        price_note += f", per choice and not {plan.workload.transfer} as the plan before"
     notes = (
         f"rebalanced from plan {plan.sha256()[:12]}: {len(transfers)} experts move",
         note,

@@ -21,6 +21,7 @@ from .model import ModelSpec
 
 SCHEMA_VERSION = 1
 Status = Literal["optimal", "feasible", "limit"]
+TransferMode = Literal["per-choice", "direct", "node-dedup"]  # planner/forwarding.py
 _SHARE_ROUNDING = 1e-6
 
 
@@ -64,6 +65,8 @@ class Workload(_Record):
     tokens_per_rank: int = Field(gt=0)
     source_ranks: int = Field(gt=0)  # 1: the same expert mix was assumed on every rank
     windows: int = Field(gt=0)  # averaged
+    transfer: TransferMode = "per-choice"  # how a token's copies travel
+    keep_groups: bool = False  # every routing group sits on one host
 
 
 class LayerCost(_Record):

@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from epplan.errors import InfeasibleError
+from epplan.errors import InfeasibleError, InputError
 from epplan.topologies.graph import Cluster, Gpu
 from epplan.topologies.hardware import hardware
 from epplan.topologies.routes import Routes, find_routes
 from epplan.topologies.units import format_bytes
 
+from .forwarding import path_latency
 from .model import DTYPE_BYTES, ModelSpec
 from .objective import Objective
-from .plan import RankMemory
+from .plan import RankMemory, TransferMode
+from .token_sets import TokenSets
 from .traffic import Traffic
 
 Floats = npt.NDArray[np.float64]
@@ -57,6 +59,9 @@ class Problem:
         fixed: memory of every rank without its experts.
         objective: which seconds count.
         replication: which replicas are allowed.
+        transfer: how a token's copies travel.
+        sets: tokens of a step, [windows][layers]; None where `counts` are all that is needed.
+        keep_groups: all experts of a routing group sit on one host.
     """
 
     model: ModelSpec
@@ -70,11 +75,25 @@ class Problem:
     fixed: tuple[RankMemory, ...]
     objective: Objective = field(default_factory=Objective)
     replication: Replication = field(default_factory=Replication)
+    transfer: TransferMode = "per-choice"
+    sets: tuple[tuple[TokenSets, ...], ...] | None = None
+    keep_groups: bool = False
 
     @property
     def num_ranks(self) -> int:
         """Size of the EP group."""
         return len(self.gpus)
+
+    def path_latency_s(self, *, combine: bool) -> Floats:
+        """Return the latency of all paths, without the start, [home ranks, experts' ranks].
+
+        Args:
+            combine: of the way back.
+        """
+        latency_s = self.routes.latency_s.T if combine else self.routes.latency_s
+        if self.transfer == "node-dedup":
+            return path_latency(latency_s, self.routes.island)
+        return latency_s
 
     @property
     def copies_per_layer(self) -> int:
@@ -96,11 +115,14 @@ def make_problem(
     experts_per_gpu: int,
     objective: Objective | None = None,
     replication: Replication | None = None,
+    *,
+    transfer: TransferMode = "per-choice",
+    keep_groups: bool = False,
 ) -> Problem:
     """Return the problem, checked for room.
 
     Raises:
-        InputError: GPUs that cannot reach each other.
+        InputError: GPUs that cannot reach each other; replicas with a transfer that needs sets.
         InfeasibleError: memory too small, with the first expert that finds no room.
     """
     efficiency = hardware().efficiency
@@ -119,10 +141,29 @@ def make_problem(
         fixed=fixed,
         objective=objective or Objective(),
         replication=replication or Replication(),
+        transfer=transfer,
+        sets=traffic.sets if needs_sets(transfer, experts_per_gpu) else None,
+        keep_groups=keep_groups,
     )
+    if problem.sets is None and needs_sets(transfer, experts_per_gpu):
+        raise ValueError(f"transfer {transfer} needs traffic with token sets")
     _check_replication(problem)
+    if keep_groups and model.router.groups == 1:
+        raise InputError(
+            f"--keep-groups: the router of {model.name} has one group; there is nothing to keep "
+            "together",
+            hints=["leave out --keep-groups"],
+        )
     even_capacity(problem)  # refuses what does not fit
     return problem
+
+
+def needs_sets(transfer: TransferMode, experts_per_gpu: int) -> bool:
+    """Whether the rows sent depend on which experts are chosen together.
+
+    With one expert a GPU a row per (token, rank) is a row per (token, expert).
+    """
+    return transfer == "node-dedup" or (transfer == "direct" and experts_per_gpu > 1)
 
 
 def _free_bytes(use: RankMemory) -> int:
@@ -189,6 +230,13 @@ def even_capacity(problem: Problem) -> npt.NDArray[np.int64]:
 
 def _check_replication(problem: Problem) -> None:
     rule, experts = problem.replication, problem.model.num_experts
+    if rule.extra and (problem.sets is not None or problem.keep_groups):
+        what = "--keep-groups" if problem.keep_groups else f"--transfer {problem.transfer}"
+        raise InputError(
+            f"{what} is not planned with replicas (--replicas {rule.extra}): which copy a token "
+            "uses would decide what travels together",
+            hints=[f"leave out {what}", "or leave out --replicas and --survive"],
+        )
     most = experts * problem.num_ranks
     if problem.copies_per_layer > most:
         raise InfeasibleError(

@@ -21,17 +21,28 @@ Variables are named by numbers only: PuLP replaces characters in names, and name
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Protocol
 
 import numpy as np
 import pulp
 
 from .cost import Placement
-from .objective import Timed, window_seconds
-from .rows import LayerRows
+from .objective import Floats, Objective, Timed, window_seconds
 from .search import Ints, Limit
 from .terms import LayerTerms, PhaseTerms
 
 MICROSECONDS = 1e6  # keeps coefficients near 1, where HiGHS's tolerances are meant
+
+
+class Phases(Protocol):
+    """What turns durations of phases into a layer's seconds."""
+
+    @property
+    def phases(self) -> Sequence[Timed]: ...
+    @property
+    def constant_s(self) -> Floats: ...
+    @property
+    def objective(self) -> Objective: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +99,15 @@ def build_program(
     }
     objective = []
     for layer, layer_terms in terms.items():
-        for expert in experts:
-            lp += _sum(x[layer, expert, cell] for cell in cells) == 1
-        for cell in cells:
-            lp += _sum(x[layer, expert, cell] for expert in experts) <= int(capacity[cell])
+        place_once(lp, x, layer, capacity)
         for limit in limits:
             _keep_apart(lp, x, layer, limit)
         times = [
-            lp.add_variable(_phase_name(layer, number), lowBound=phase.floor_s * MICROSECONDS)
+            lp.add_variable(phase_name(layer, number), lowBound=phase.floor_s * MICROSECONDS)
             for number, phase in enumerate(layer_terms.phases)
         ]
         for phase, time in zip(layer_terms.phases, times, strict=True):
-            _bound_phase(lp, x, layer, phase, time)
+            bound_phase(lp, x, layer, phase, time)
         objective += add_objective(lp, layer, layer_terms, times)
     for cell, most in enumerate([] if slots is None else slots.tolist()):
         lp += _sum(x[layer, expert, cell] for layer, expert in product(terms, experts)) <= most
@@ -107,8 +115,19 @@ def build_program(
     return Program(lp=lp, x=x, terms=terms)
 
 
+def place_once(
+    lp: pulp.LpProblem, x: dict[tuple[int, int, int], pulp.LpVariable], layer: int, capacity: Ints
+) -> None:
+    """Add that every expert of a layer is placed once, within capacity [cells]."""
+    experts = range(1 + max(expert for of, expert, _ in x if of == layer))
+    for expert in experts:
+        lp += _sum(x[layer, expert, cell] for cell in range(len(capacity))) == 1
+    for cell, most in enumerate(capacity.tolist()):
+        lp += _sum(x[layer, expert, cell] for expert in experts) <= int(most)
+
+
 def add_objective(
-    lp: pulp.LpProblem, layer: int, terms: LayerTerms | LayerRows, times: Sequence[pulp.LpVariable]
+    lp: pulp.LpProblem, layer: int, terms: Phases, times: Sequence[pulp.LpVariable]
 ) -> list[tuple[pulp.LpVariable, float]]:
     """Add the variables that turn phases `times` into the layer's seconds; return the objective."""
     totals = []
@@ -139,10 +158,10 @@ def add_objective(
     return [(least, 1.0), *((variable, 1.0 / worst) for variable in above)]
 
 
-def objective_values(layer: int, terms: LayerTerms, durations: Sequence[float]) -> dict[str, float]:
+def objective_values(layer: int, terms: Phases, durations: Sequence[float]) -> dict[str, float]:
     """Return the values of a layer's times for durations of its phases, in seconds."""
     values = {
-        _phase_name(layer, number): seconds * MICROSECONDS
+        phase_name(layer, number): seconds * MICROSECONDS
         for number, seconds in enumerate(durations)
     }
     totals = window_seconds(terms.objective, terms.constant_s, terms.phases, durations)
@@ -166,7 +185,8 @@ def _keep_apart(
         lp += inside <= int(limit.most[group, domain])
 
 
-def _phase_name(layer: int, number: int) -> str:
+def phase_name(layer: int, number: int) -> str:
+    """Return the name of a phase's duration."""
     return f"t_{layer}_{number}"
 
 
@@ -174,13 +194,14 @@ def _sum(variables: Iterable[pulp.LpVariable]) -> pulp.LpAffineExpression:
     return pulp.LpAffineExpression([(variable, 1.0) for variable in variables])
 
 
-def _bound_phase(
+def bound_phase(
     lp: pulp.LpProblem,
     x: dict[tuple[int, int, int], pulp.LpVariable],
     layer: int,
     phase: PhaseTerms,
     time: pulp.LpVariable,
 ) -> None:
+    """Add that a phase lasts at least as long as its rows and its single experts."""
     for row in phase.rows:
         load = [
             (x[layer, expert, cell], float(row[expert, cell] * MICROSECONDS))

@@ -22,7 +22,7 @@ from .plan import Plan, Status
 from .problem import Problem, make_problem
 from .repair import Held, align, improve, least_moved
 from .solve import Progress, Solution, solve_placement
-from .traffic import Traffic, make_traffic
+from .traffic import Traffic, make_traffic, with_sets
 from .transfers import Transfer
 
 LEAST = "least moved"
@@ -109,7 +109,8 @@ def surviving_traffic(
         InputError: the plan's traffic cannot be read or has changed.
     """
     if load is not None:
-        return make_traffic(load, plan.model, len(survivors), tokens, plan.inputs.seed)
+        traffic = make_traffic(load, plan.model, len(survivors), tokens, plan.inputs.seed)
+        return _with_sets(traffic, plan)
     source, before, total = _traffic_source(plan)
     remedy = ["give traffic with --load (a rule, or counts of the surviving ranks)"]
     try:
@@ -130,16 +131,22 @@ def surviving_traffic(
             hints=remedy,
         )
     kept = [before[rank] for rank in survivors]
+    traffic = _with_sets(traffic, plan)
     return replace(
-        traffic,
-        counts=traffic.counts[:, :, kept],
+        traffic.from_ranks(kept),
         source=f"{source}@{_ranges(kept)}/{total}",
-        source_ranks=len(kept) if traffic.source_ranks > 1 else 1,
         assumptions=(
             *traffic.assumptions,
             "every surviving rank keeps its own tokens; nobody takes over those of lost ranks",
         ),
     )
+
+
+def _with_sets(traffic: Traffic, plan: Plan) -> Traffic:
+    """Return the traffic with token sets if the plan's transfers may need them."""
+    if plan.workload.transfer == "per-choice":
+        return traffic
+    return with_sets(traffic, plan.model, plan.inputs.seed)
 
 
 def replan(
@@ -174,7 +181,15 @@ def replan(
     """
     _check_slots(plan, survivors, experts_per_gpu)
     gpus = surviving_gpus(plan, survivors, cluster)
-    problem = make_problem(cluster, gpus, plan.model, traffic, experts_per_gpu, objective)
+    problem = make_problem(
+        cluster,
+        gpus,
+        plan.model,
+        traffic,
+        experts_per_gpu,
+        objective,
+        transfer=plan.workload.transfer,
+    )
     held = _held(plan, survivors)
     solution = solve_placement(
         problem,
@@ -358,6 +373,13 @@ def _reasons(
         reasons.append(
             "the survivors cannot keep all they hold and find room for the lost experts too"
         )
+    if plan.workload.transfer != "per-choice":
+        reasons.append(
+            "lost experts were placed as if every choice travelled by itself; costs and bound are "
+            f"those of transfer {plan.workload.transfer}"
+        )
+    if plan.workload.keep_groups:
+        reasons.append("routing groups are not kept whole: lost experts go where they cost least")
     if plan.share_of_slot is not None:
         reasons.append("one copy of every expert is kept: replicas are not planned again")
     return reasons

@@ -191,7 +191,7 @@ class RowBuilder:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         routes = problem.routes
-        kept = _distinct_resources(routes)
+        kept = distinct_resources(routes)
         # dispatch: home ranks are a flow's sources, the expert's GPU its destination; combine: the
         # other way round.
         self._dispatch = _structure(routes, kept, routes.destinations)
@@ -233,7 +233,7 @@ class RowBuilder:
     def _window(self, window: int, counts: Floats) -> tuple[list[PhaseRows], float]:
         """Return the phases of one window and their constant; counts [ranks, experts]."""
         problem, routes = self._problem, self._problem.routes
-        phases = [_compute_rows(problem, window, counts)]
+        phases = [compute_rows(problem, window, counts)]
         constant = 0.0
         if routes.resources:
             sent = counts * problem.model.row_bytes
@@ -243,20 +243,25 @@ class RowBuilder:
                 phases.append(replace(dispatch, weight=2.0, name="dispatch and combine"))
             else:
                 phases += [dispatch, combine]
-            for name, latency_s in (
-                ("dispatch", routes.latency_s),
-                ("combine", routes.latency_s.T),
-            ):
-                alone = _longest_latency(latency_s, counts)
-                constant += hardware().latency["base"]
-                if np.ptp(alone):
-                    phases.append(_latency_rows(f"{name} latency", window, alone))
-                else:
-                    constant += float(alone.flat[0])
+            latencies, constant = latency_phases(problem, window, counts)
+            phases += latencies
         return phases, constant
 
 
-def _distinct_resources(routes: Routes) -> list[int]:
+def latency_phases(problem: Problem, window: int, counts: Floats) -> tuple[list[PhaseRows], float]:
+    """Return the longest paths of both transfers where placement decides, and what is constant."""
+    phases, constant = [], 0.0
+    for name in ("dispatch", "combine"):
+        alone = _longest_latency(problem.path_latency_s(combine=name == "combine"), counts)
+        constant += hardware().latency["base"]
+        if np.ptp(alone):
+            phases.append(_latency_rows(f"{name} latency", window, alone))
+        else:
+            constant += float(alone.flat[0])
+    return phases, constant
+
+
+def distinct_resources(routes: Routes) -> list[int]:
     """Return the resources that can be the worst: of those with equal flows, the slowest.
 
     The PCIe link, switch and NIC of a GPU with a NIC of its own carry the same bytes.
@@ -359,7 +364,7 @@ def _alone(base: Floats, pair_row: Ints, pair_gpu: Ints, extra: Floats, num_gpus
     return alone.T
 
 
-def _compute_rows(problem: Problem, window: int, counts: Floats) -> PhaseRows:
+def compute_rows(problem: Problem, window: int, counts: Floats) -> PhaseRows:
     """Return two rows a GPU: its arithmetic, and reading its experts' weights."""
     model, gpus = problem.model, np.arange(problem.num_ranks)
     flops = counts.sum(axis=0) * model.expert_flops_per_row  # [experts]

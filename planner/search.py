@@ -229,7 +229,7 @@ def _best_step(
         rows, alone = phase.rows, phase.alone
         load = rows[:, experts, placement].sum(axis=1, keepdims=True)
         without = load - rows[:, expert, here][:, None]
-        others, all_but_two = _largest_without(alone[experts, placement], expert)
+        others, all_but_two = largest_without(alone[experts, placement], expert)
         worst = (without + rows[:, expert, :]).max(axis=0, initial=0.0)
         after_move.append(np.maximum(np.maximum(worst, alone[expert]), others))
         exchange = rows[:, experts, here] - rows[:, experts, placement]  # others leave for here
@@ -261,7 +261,7 @@ def _forbid(limit: Limit, placement: Placement, item: int, moved: Floats, swappe
     swapped[breaks & (group != group[item]) & (there != here)] = np.inf
 
 
-def _largest_without(values: Floats, expert: int) -> tuple[float, Floats]:
+def largest_without(values: Floats, expert: int) -> tuple[float, Floats]:
     """Return the largest value without `expert`, and without it and each other one, [experts]."""
     rest = values.copy()
     rest[expert] = 0.0

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +30,23 @@ from .replicas import (
     place_replicated,
     start_with_replicas,
 )
-from .rows import RowBuilder
+from .rows import LayerRows, RowBuilder
 from .search import NoRoomError, contiguous
+from .set_levels import Report, SetTask, place_with_sets, start_with_sets
+from .set_rows import SetRowBuilder
 from .terms import gpu_terms
+from .whole_groups import GroupTask, check_groups, place_with_groups, start_with_groups
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
-AnyTask = Task | tuple[ReplicatedTask, LayerPlacement]
+AnyTask = (
+    Task
+    | tuple[ReplicatedTask, LayerPlacement]
+    | tuple[SetTask, LayerPlacement]
+    | tuple[GroupTask, LayerPlacement]
+)
 Capacity = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
 
@@ -53,6 +62,7 @@ class LayerSolution:
         contiguous_s: cost of experts in id order.
         found_by: how the placement was found.
         floor_s: the part of the bound that single experts cause wherever they sit.
+        free_bound_s: the bound without whole groups, where those were asked for.
     """
 
     shares: Shares
@@ -61,6 +71,7 @@ class LayerSolution:
     contiguous_s: float
     found_by: str
     floor_s: float
+    free_bound_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +111,10 @@ def solve_placement(
     began = time.monotonic()
     effort = Effort(gap=gap, deadline=began + time_limit_s, seed=seed)
     builder = RowBuilder(problem)
-    work = _Work(problem, builder, even_capacity(problem), effort, progress)
+    capacity = even_capacity(problem)
+    if problem.keep_groups:
+        check_groups(problem, capacity)
+    work = _Work(problem, builder, capacity, effort, progress)
     try:
         work.run()
         interrupted = False
@@ -136,6 +150,7 @@ class _Work:
         self.progress = progress
         self.cells = builder.cells()
         self.same_as = _equal_layers(problem)
+        self.set_builder = None if problem.sets is None else SetRowBuilder(problem)
         self.rows = {layer: builder.layer(layer) for layer in sorted(set(self.same_as))}
         self.best = {layer: self._start(layer) for layer in self.rows}
         self.joint_bound_s = 0.0
@@ -150,7 +165,8 @@ class _Work:
         else:
             for number, layer in enumerate(self.rows):
                 share_s = self.effort.left_s / (len(self.rows) - number)
-                self._take(layer, _place_within(self._task(layer), self.effort, share_s))
+                keep = partial(self.best.__setitem__, layer)  # Ctrl-C leaves it there
+                self._take(layer, _place_within(self._task(layer), self.effort, share_s, keep))
 
     def solutions(self) -> Iterator[LayerSolution]:
         """Yield every layer's solution, priced by the evaluator."""
@@ -158,6 +174,10 @@ class _Work:
             yield _layer_solution(self.problem, layer, self.best[twin], self.capacity[layer])
 
     def _start(self, layer: int) -> LayerPlacement:
+        if self.problem.keep_groups:
+            return start_with_groups(self._with_groups(layer, self.capacity[layer]))
+        if self.set_builder is not None:
+            return start_with_sets(self._with_sets(layer, self.capacity[layer]))
         if not self.problem.replication.extra:
             return in_id_order(self.rows[layer], self.capacity[layer])
         try:
@@ -166,17 +186,44 @@ class _Work:
             raise no_room_for_copies(self.problem) from None
 
     def _task(self, layer: int) -> AnyTask:
+        if self.problem.keep_groups:
+            return self._with_groups(layer, self.capacity[layer]), self.best[layer]
+        if self.set_builder is not None:
+            return self._with_sets(layer, self.capacity[layer]), self.best[layer]
         if self.problem.replication.extra:
             return self._replicated(layer, self.capacity[layer]), self.best[layer]
         return self.rows[layer], self.cells, self.capacity[layer], self.best[layer]
 
-    def _replicated(self, layer: int, capacity: Capacity) -> ReplicatedTask:
+    def _with_groups(self, layer: int, capacity: Capacity) -> GroupTask:
+        return GroupTask(
+            rows=self.rows[layer],
+            with_sets=None if self.set_builder is None else self._with_sets(layer, capacity),
+            groups=self.problem.model.router.groups,
+            host_of_gpu=self._host_of_gpu(),
+            cells=self.cells,
+            capacity=capacity,
+        )
+
+    def _host_of_gpu(self) -> npt.NDArray[np.intp]:
         hosts = list(dict.fromkeys(gpu.host for gpu in self.problem.gpus))
+        return np.array([hosts.index(gpu.host) for gpu in self.problem.gpus])
+
+    def _with_sets(self, layer: int, capacity: Capacity) -> SetTask:
+        assert self.set_builder is not None
+        return SetTask(
+            layer=self.set_builder.layer(layer),
+            by_counts=self.rows[layer],
+            island=self.problem.routes.island,
+            cells=self.cells,
+            capacity=capacity,
+        )
+
+    def _replicated(self, layer: int, capacity: Capacity) -> ReplicatedTask:
         return ReplicatedTask(
             rows=self.rows[layer],
             load=self.problem.counts[:, layer].sum(axis=1).mean(axis=0),
             cell_of_gpu=self.cells,
-            host_of_gpu=np.array([hosts.index(gpu.host) for gpu in self.problem.gpus]),
+            host_of_gpu=self._host_of_gpu(),
             capacity=capacity,
             rule=self.problem.replication,
         )
@@ -205,17 +252,26 @@ class _Work:
         for layer, rows in self.rows.items():
             # The placement keeps its share of memory; the bound must hold without such shares.
             free = np.full_like(self.capacity[layer], self.problem.experts_per_gpu)
-            bound = (
-                bound_with_replicas(self._replicated(layer, free), self.effort)
-                if self.problem.replication.extra
-                else place_layer(
-                    (rows, self.cells, free, in_id_order(rows, free)), self.effort
-                ).bound_s
-            )
+            bound = self._bound_with(layer, rows, free)
             placed = _place(self._task(layer), self.effort)
             self._take(layer, replace(placed, bound_s=min(bound, placed.seconds)))
-        if small and not self.problem.replication.extra:
+        special = self.problem.keep_groups or self.problem.replication.extra
+        linear = self.set_builder is None and not special
+        if small and linear:
             self._solve_jointly()
+
+    def _bound_with(self, layer: int, rows: LayerRows, capacity: Capacity) -> float:
+        if self.problem.keep_groups:
+            groups = self._with_groups(layer, capacity)
+            start = start_with_groups(groups)
+            return place_with_groups(groups, start, self.effort, _forget).bound_s
+        if self.set_builder is not None:
+            task = self._with_sets(layer, capacity)
+            return place_with_sets(task, start_with_sets(task), self.effort, _forget).bound_s
+        if self.problem.replication.extra:
+            return bound_with_replicas(self._replicated(layer, capacity), self.effort)
+        start = in_id_order(rows, capacity)
+        return place_layer((rows, self.cells, capacity, start), self.effort).bound_s
 
     def _solve_jointly(self) -> None:
         terms = {layer: gpu_terms(self.rows[twin]) for layer, twin in enumerate(self.same_as)}
@@ -242,14 +298,24 @@ class _Work:
             )
 
 
-def _place_within(task: AnyTask, effort: Effort, budget_s: float) -> LayerPlacement:
+def _forget(better: LayerPlacement) -> None:
+    """Take a report that nobody needs."""
+
+
+def _place_within(
+    task: AnyTask, effort: Effort, budget_s: float, report: Report = _forget
+) -> LayerPlacement:
     """Solve one layer within its own time, from when it starts."""
-    return _place(task, replace(effort, deadline=time.monotonic() + budget_s))
+    return _place(task, replace(effort, deadline=time.monotonic() + budget_s), report)
 
 
-def _place(task: AnyTask, effort: Effort) -> LayerPlacement:
+def _place(task: AnyTask, effort: Effort, report: Report = _forget) -> LayerPlacement:
     if isinstance(task[0], ReplicatedTask):
         return place_replicated(task[0], task[1], effort)
+    if isinstance(task[0], GroupTask):
+        return place_with_groups(task[0], task[1], effort, report)
+    if isinstance(task[0], SetTask):
+        return place_with_sets(task[0], task[1], effort, report)
     return place_layer(task, effort)
 
 
@@ -262,9 +328,17 @@ def _equal_layers(problem: Problem) -> list[int]:
         return list(range(problem.model.num_moe_layers))
     first: dict[bytes, int] = {}
     return [
-        first.setdefault(problem.counts[:, layer].tobytes(), layer)
+        first.setdefault(_traffic_key(problem, layer), layer)
         for layer in range(problem.model.num_moe_layers)
     ]
+
+
+def _traffic_key(problem: Problem, layer: int) -> bytes:
+    parts = [problem.counts[:, layer].tobytes()]
+    for window in problem.sets or ():
+        sets = window[layer]
+        parts += [sets.source.tobytes(), sets.experts.tobytes(), sets.weight.tobytes()]
+    return b"|".join(parts)
 
 
 def _status(reached: float, wanted: float) -> Status:
@@ -291,4 +365,5 @@ def _layer_solution(
         contiguous_s=evaluate_layer(problem, layer, in_order).seconds,
         found_by=best.found_by,
         floor_s=best.floor_s,
+        free_bound_s=best.free_bound_s,
     )

@@ -31,7 +31,7 @@ def build_model(
         plan,
         tokens=sequences * options.positions,
         capacity_factor=options.capacity_factor,
-        dedup=options.dedup,
+        dedup=choice.dedup,
         fp8=options.fp8_dispatch,
     )
     layers = build_layers(plan, rank, weights, options.replicas, joined=not options.train)

@@ -271,6 +271,8 @@ def _notes(options: Options, choice: Choice, reran: int) -> Iterator[str]:
     ]
     for option in unused:
         yield f"{option} has no effect: no rows travel"
+    if choice.transfer_note is not None:
+        yield choice.transfer_note
     if options.train:
         yield (
             "training steps: forward, backward, gradients added up over ranks; weights stay as "

@@ -21,7 +21,7 @@ class Options:
     dispatcher: str = "auto"
     micro_batches: int | None = None  # None: chosen
     replicas: ReplicaChoice = "share"
-    dedup: bool = False
+    dedup: bool | None = None  # None: as the plan prices it
     fp8_dispatch: bool = False
     capacity_factor: float = 1.25
     train: bool = False

@@ -56,6 +56,8 @@ class Choice:
     dispatcher: DispatcherKind
     dispatcher_reason: str
     schedule: Schedule
+    dedup: bool
+    transfer_note: str | None  # what is sent, where the plan does not price one row per choice
 
 
 def choose(plan: Plan, options: Options, device: torch.device) -> Choice:
@@ -75,13 +77,41 @@ def choose(plan: Plan, options: Options, device: torch.device) -> Choice:
         device_type=device.type,
     )
     dispatcher, reason = choose_dispatcher(
-        options.dispatcher, plan, workload, options.replicas, dedup=options.dedup
+        options.dispatcher, plan, workload, options.replicas, dedup=bool(options.dedup)
     )
+    dedup, note = choose_dedup(options.dedup, plan, dispatcher)
     return Choice(
         dispatcher=dispatcher,
         dispatcher_reason=reason,
         schedule=choose_schedule(options.micro_batches, plan, workload, dispatcher),
+        dedup=dedup,
+        transfer_note=note,
     )
+
+
+def choose_dedup(
+    asked: bool | None, plan: Plan, dispatcher: DispatcherKind
+) -> tuple[bool, str | None]:
+    """Return whether a token's row goes to a rank once, and how that meets the plan's price.
+
+    Args:
+        asked: None: as the plan prices it.
+        plan: names the transfer it was priced for.
+        dispatcher: only `alltoall` can send a row once.
+    """
+    planned, able = plan.workload.transfer, dispatcher == "alltoall"
+    if dispatcher == "local" or planned == "per-choice":
+        return bool(asked) and able, None
+    if plan.slots_per_rank == 1 and planned == "direct":
+        return bool(asked) and able, None  # a row per choice is a row per rank
+    dedup = able and asked is not False
+    sent = "once to a rank" if dedup else "once per choice"
+    if planned == "direct" and dedup:
+        return dedup, "rows go once to a rank, as the plan prices them (direct)"
+    why = "is not run here" if planned == "node-dedup" else "was not taken"
+    if planned == "direct" and not able:
+        why = f"is nothing dispatcher {dispatcher} can do"
+    return dedup, f"the plan prices transfer {planned}, which {why}: rows go {sent}"
 
 
 def _not_in_training(options: Options) -> list[tuple[str, bool, str]]:

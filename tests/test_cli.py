@@ -66,6 +66,24 @@ def test_tables_name_every_rank_and_the_certificate(tmp_path: Path) -> None:
     assert shown.stdout == done.stdout
 
 
+@pytest.mark.parametrize("transfer", ["direct", "node-dedup"])
+def test_solve_for_a_transfer_says_what_it_assumed(tmp_path: Path, transfer: str) -> None:
+    done = epplan(
+        *("solve", "--topology", "2x2:h100,nic=2x400Gb/s", "--model", "mixtral-8x7b"),
+        *("--layers", "1", "--experts-per-gpu", "2", "--load", "zipf:0.5"),
+        *("--transfer", transfer, "--gap", "0.5", "--json"),
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert result["transfer"] == transfer
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["workload"]["transfer"] == transfer
+    assert any("token sets are drawn at random" in text for text in plan["assumptions"])
+    shown = epplan("explain", "plan.json", cwd=tmp_path)
+    assert f"with transfer {transfer}" in " ".join(shown.stdout.replace("│", "").split())
+
+
 def test_topo_show_contract(tmp_path: Path) -> None:
     done = epplan("topo", "show", "hgx-h100-4nic-4", "--json", cwd=tmp_path)
     result = json.loads(done.stdout)

@@ -11,12 +11,13 @@ import torch
 
 from epplan.errors import InputError
 from epplan.planner.model import load_model
-from epplan.planner.plan import Plan, RankMemory
+from epplan.planner.plan import Plan, RankMemory, TransferMode
+from epplan.runtime.dispatch import DispatcherKind
 from epplan.runtime.environment import Setting
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
 from epplan.runtime.pipeline import CPU_TURNS, GPU_TURNS, Point, Schedule, Turns, take_turns
-from epplan.runtime.schedule import Workload, choose_dispatcher, choose_schedule
+from epplan.runtime.schedule import Workload, choose_dedup, choose_dispatcher, choose_schedule
 from tests.fork_ranks import run_ranks
 from tests.plans import bare_plan
 from tests.runtime_cases import MIXTRAL, REFERENCE, make_plan
@@ -240,6 +241,64 @@ def test_dispatchers_by_size() -> None:
     assert chosen(workload(16, 1), dedup=True)[0] == "alltoall"
     assert chosen(workload(16, 1, "cpu"))[0] == "alltoall"
     assert chosen(workload(16, 1000)) == ("alltoall", "rows travel without padding")
+
+
+@pytest.mark.parametrize(
+    ("transfer", "asked", "dispatcher", "dedup", "note"),
+    [
+        ("per-choice", None, "alltoall", False, None),
+        ("per-choice", True, "alltoall", True, None),
+        ("direct", None, "local", False, None),
+        (
+            "direct",
+            None,
+            "alltoall",
+            True,
+            "rows go once to a rank, as the plan prices them (direct)",
+        ),
+        (
+            "direct",
+            False,
+            "alltoall",
+            False,
+            "the plan prices transfer direct, which was not taken: rows go once per choice",
+        ),
+        (
+            "direct",
+            None,
+            "padded",
+            False,
+            "the plan prices transfer direct, which is nothing dispatcher padded can do: rows go "
+            "once per choice",
+        ),
+        (
+            "node-dedup",
+            None,
+            "alltoall",
+            True,
+            "the plan prices transfer node-dedup, which is not run here: rows go once to a rank",
+        ),
+    ],
+)
+def test_rows_travel_as_the_plan_prices_them(
+    transfer: TransferMode,
+    asked: bool | None,
+    dispatcher: DispatcherKind,
+    dedup: bool,
+    note: str | None,
+) -> None:
+    plan = make_plan(MIXTRAL, 4, slots_per_rank=2)
+    workload = plan.workload.model_copy(update={"transfer": transfer})
+    plan = plan.model_copy(update={"workload": workload})
+    assert plan.slots_per_rank > 1
+    assert choose_dedup(asked, plan, dispatcher) == (dedup, note)
+
+
+def test_one_expert_a_rank_needs_no_deduplication() -> None:
+    plan = reference_plan()
+    workload = plan.workload.model_copy(update={"transfer": "direct"})
+    plan = plan.model_copy(update={"workload": workload})
+    assert choose_dedup(None, plan, "alltoall") == (False, None)
 
 
 def test_dispatchers_that_cannot_run_the_plan() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from epplan.planner.plan import Plan
+    from epplan.planner.plan import Plan, TransferMode
 
 LIMIT_WITH_PLAN = 4
 INTERRUPTED = 130
@@ -27,7 +27,8 @@ _STATUSES = ["optimal", "feasible", "limit"]  # best to worst
     "--load",
     default="uniform",
     show_default=True,
-    help="Traffic: a counts file (.npz) or uniform, zipf[:s], lognormal[:sigma[,skew]].",
+    help="Traffic: counts or recorded routing (.npz, .jsonl), or uniform, zipf[:s], "
+    "lognormal[:sigma[,skew]].",
 )
 @click.option("--tokens", type=click.IntRange(1), help="Tokens a rank routes per step.")
 @click.option("--ep", type=click.IntRange(1), help="Ranks of an EP group.")
@@ -63,6 +64,19 @@ _STATUSES = ["optimal", "feasible", "limit"]  # best to worst
     "--survive",
     type=click.Choice(["1-host"]),
     help="Keep a copy of every expert when a host is lost; needs a replica of every expert.",
+)
+@click.option(
+    "--transfer",
+    type=click.Choice(["per-choice", "direct", "node-dedup"]),
+    default="per-choice",
+    show_default=True,
+    help="Rows sent: one per (token, expert), per (token, rank), or per (token, host) over the "
+    "network and forwarded inside.",
+)
+@click.option(
+    "--keep-groups",
+    is_flag=True,
+    help="Keep all experts of a routing group on one host (group-limited routers).",
 )
 @click.option(
     "--overlap",
@@ -166,6 +180,8 @@ def _solve(
     replicas: int,
     equal_shares: bool,
     survive: str | None,
+    transfer: "TransferMode",
+    keep_groups: bool,
     overlap: bool,
     worst_windows: float,
     gpu_model: str | None,
@@ -179,32 +195,46 @@ def _solve(
     from epplan.planner.group import choose_groups, group_size
     from epplan.planner.model import load_model
     from epplan.planner.objective import Objective
-    from epplan.planner.problem import Replication, make_problem
+    from epplan.planner.problem import Replication, make_problem, needs_sets
     from epplan.planner.sharing import share_links, sharing_in_words, solve_groups
-    from epplan.planner.traffic import make_traffic
+    from epplan.planner.traffic import make_traffic, with_sets
     from epplan.topologies.sources import load_cluster
 
     cluster = load_cluster(topology, gpu_model)
     spec = load_model(model).with_overrides(experts=experts, layers=layers, scale=scale)
     size = group_size(cluster, spec, ep, experts_per_gpu, num_groups, replicas)
     traffic = make_traffic(load, spec, size, tokens, seed)
+    together = needs_sets(transfer, experts_per_gpu)
+    if together:
+        traffic = with_sets(traffic, spec, seed)
     groups = choose_groups(
         cluster,
         spec,
         traffic,
         experts_per_gpu,
         num_groups=num_groups,
-        bounded=not (overlap or replicas),
+        bounded=not (overlap or replicas or together),
     )
     objective = Objective(overlap=overlap, worst=worst_windows)
     replication = Replication(
         extra=replicas, equal_shares=equal_shares, survive_hosts=1 if survive else 0
     )
     alone = [
-        make_problem(cluster, gpus, spec, traffic, experts_per_gpu, objective, replication)
+        make_problem(
+            cluster,
+            gpus,
+            spec,
+            traffic,
+            experts_per_gpu,
+            objective,
+            replication,
+            transfer=transfer,
+            keep_groups=keep_groups,
+        )
         for gpus in groups.gpus
     ]
     problems = share_links(alone)
+    guessed = together and size * num_groups < len(cluster.gpus())
     solutions = solve_groups(
         problems,
         gap=gap,
@@ -222,7 +252,11 @@ def _solve(
             model_source=model,
             seed=seed,
             command=shlex.join(["epplan", *sys.argv[1:]]),
-            reasons=[groups.reason, *(["stopped by Ctrl-C"] if solution.interrupted else [])],
+            reasons=[
+                groups.reason,
+                *(["GPUs were chosen as if every choice travelled by itself"] if guessed else []),
+                *(["stopped by Ctrl-C"] if solution.interrupted else []),
+            ],
             choice_bound_s=groups.bound_s,
             assumptions=sharing_in_words(alone),
         )
@@ -261,6 +295,7 @@ def _result(plan: "Plan", output: Path) -> dict[str, Any]:
         "seconds": certificate.seconds,
         "binding": certificate.binding,
         "contiguous_s": certificate.contiguous_s,
+        "transfer": plan.workload.transfer,
         "ep": plan.world_size,
         "experts_per_gpu_max": plan.slots_per_rank,
         "plan": str(output),

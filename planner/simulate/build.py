@@ -1,7 +1,7 @@
 """From a plan, or a cluster and a model, to the scene that is simulated."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,10 @@ from epplan.errors import InputError
 from epplan.planner.group import choose_groups, group_size
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
+from epplan.planner.problem import needs_sets
 from epplan.planner.rebalance import rebalance
-from epplan.planner.traffic import Traffic, make_traffic
+from epplan.planner.token_sets import TokenSets
+from epplan.planner.traffic import Traffic, make_traffic, with_sets
 from epplan.topologies.graph import Cluster, Gpu
 from epplan.topologies.routes import find_routes
 
@@ -19,6 +21,7 @@ from .device import Device, device
 from .scene import Floats, Scene
 
 Shares = tuple[Floats, ...]
+Sets = tuple[tuple[TokenSets, ...], ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,10 @@ def scene_of_plan(
     if not kept:
         raise InputError(f"none of the plan's {plan.world_size} GPUs is in {cluster.name}")
     gpus = tuple(by_place[plan.ranks[rank].host, plan.ranks[rank].gpu_index] for rank in kept)
-    counts = _per_token(_traffic(plan, load), plan.model)[:, :, kept]
+    traffic = _traffic(plan, load)
+    scale = _tokens(traffic, plan.model)
+    traffic = traffic.from_ranks(kept)
+    counts = traffic.counts / scale
     planned = [_planned(plan, layer) for layer in range(plan.model.num_moe_layers)]
     shares, moved = [], 0
     for layer, of_layer in enumerate(planned):
@@ -63,7 +69,9 @@ def scene_of_plan(
             f"without {', '.join(gone)}: {plan.world_size - len(kept)} GPUs fewer, {moved} expert "
             "copies moved to the GPUs with fewest rows"
         )
-    return _scene(cluster, gpus, plan.model, counts, tuple(shares), devices), remarks
+    scene = _scene(cluster, gpus, plan.model, counts, tuple(shares), devices)
+    sets = _sets_per_token(traffic, scale)
+    return replace(scene, sets=sets, planned=plan.workload.transfer), remarks
 
 
 def _traffic(plan: Plan, load: Load | None) -> Traffic:
@@ -78,6 +86,8 @@ def _traffic(plan: Plan, load: Load | None) -> Traffic:
                 f"or say that this is meant: --load {planned.source}",
             ],
         )
+    if needs_sets(plan.workload.transfer, plan.slots_per_rank):
+        return with_sets(traffic, plan.model, asked.seed)
     return traffic
 
 
@@ -113,7 +123,8 @@ def scene_of_cluster(
         if replicas
         else (_in_order(model.num_experts, size),) * model.num_moe_layers
     )
-    return _scene(cluster, gpus, model, counts, shares, devices)
+    scene = _scene(cluster, gpus, model, counts, shares, devices)
+    return replace(scene, sets=_sets_per_token(traffic, _tokens(traffic, model)))
 
 
 def with_replicas(counts: Floats, model: ModelSpec, replicas: int) -> Shares:
@@ -166,10 +177,22 @@ def _scene(
 
 def _per_token(traffic: Traffic, model: ModelSpec) -> Floats:
     """Return assignments of one token a rank, mean over ranks and layers."""
-    windows, layers, ranks, _ = traffic.counts.shape
-    tokens = traffic.counts.sum() / (windows * layers * ranks * model.top_k)
-    per_token: Floats = traffic.counts / tokens
+    per_token: Floats = traffic.counts / _tokens(traffic, model)
     return per_token
+
+
+def _tokens(traffic: Traffic, model: ModelSpec) -> float:
+    """Return the tokens of a rank and layer, mean over all."""
+    windows, layers, ranks, _ = traffic.counts.shape
+    tokens: float = traffic.counts.sum() / (windows * layers * ranks * model.top_k)
+    return tokens
+
+
+def _sets_per_token(traffic: Traffic, tokens: float) -> Sets:
+    """Return the token sets of one token a rank, if they are known."""
+    if traffic.sets is None:
+        return None
+    return tuple(tuple(layer.scaled(1.0 / tokens) for layer in window) for window in traffic.sets)
 
 
 def _planned(plan: Plan, layer: int) -> Floats:

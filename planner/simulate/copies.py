@@ -6,9 +6,11 @@
              forwards it inside: DeepEP's normal kernels
     padded   every expert's buffer whole, whatever is in it: a fixed-capacity all_to_all
 
-A node is an island: the ranks that reach each other without the network. Counts say how often a
-rank chooses an expert, not which experts a token chooses together; how many different ranks and
-nodes a token reaches is therefore an expectation over independent choices (`hit_probability`).
+A node is an island: the ranks that reach each other without the network; `planner.forwarding` has
+the rule. Where token sets are known and experts have one copy, ranks and nodes reached are counted.
+Otherwise counts say how often a rank chooses an expert, not which experts a token chooses together,
+and how many ranks and nodes a token reaches is an expectation over independent choices
+(`hit_probability`).
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from epplan.planner.forwarding import through_islands
 from epplan.planner.model import ModelSpec
+from epplan.planner.token_sets import TokenSets
 from epplan.topologies.host_paths import PATH_TYPES
 from epplan.topologies.routes import Routes
 
@@ -36,12 +40,15 @@ class Choices:
         counts: assignments, [ranks, experts].
         shares: share of an expert's rows on each rank, [experts, ranks].
         island: of every rank, [ranks].
+        sets: the tokens, if it is known which experts they choose together; their counts are
+            `counts`.
     """
 
     model: ModelSpec
     counts: Floats
     shares: Floats
     island: Ints
+    sets: TokenSets | None = None
 
     @property
     def tokens(self) -> Floats:
@@ -68,28 +75,24 @@ def sent_copies(choices: Choices, copies: Copies) -> Floats:
     if copies == "padded":
         slots = np.count_nonzero(choices.shares, axis=0)
         return np.outer(choices.tokens, slots)
-    to_rank = choices.tokens[:, None] * hit_probability(choices, choices.shares)
-    return to_rank if copies == "rank" else _through_nodes(choices, to_rank)
+    to_rank = _reached(choices, np.arange(choices.shares.shape[1]))
+    if copies == "rank":
+        return to_rank
+    return through_islands(to_rank, _reached(choices, choices.island), choices.island)
 
 
-def _through_nodes(choices: Choices, to_rank: Floats) -> Floats:
-    """Return copies that cross the network once per node and are forwarded there."""
-    island = choices.island
-    members = [np.flatnonzero(island == number) for number in range(island.max() + 1)]
-    place = np.empty(len(island), dtype=np.intp)  # of a rank among its island's
-    for ranks in members:
-        place[ranks] = np.arange(len(ranks))
-    in_node = np.eye(len(members))[island]  # [ranks, nodes]
-    to_node = choices.tokens[:, None] * hit_probability(choices, choices.shares @ in_node)
-    sent = np.zeros_like(to_rank)
-    for number, ranks in enumerate(members):
-        entry = ranks[place % len(ranks)]  # of every sender, [ranks]
-        outside = np.flatnonzero(island != number)
-        np.add.at(sent, (outside, entry[outside]), to_node[outside, number])
-        # Whatever comes into the node, and whatever its own ranks send, ends at ranks in it.
-        sender = np.where(island == number, np.arange(len(island)), entry)
-        np.add.at(sent, (sender[:, None], ranks[None, :]), to_rank[:, ranks])
-    return sent
+def _reached(choices: Choices, place_of_rank: Ints) -> Floats:
+    """Return the tokens of every rank with some expert at each place, [ranks, places]."""
+    sets, shares, num_ranks = choices.sets, choices.shares, len(choices.island)
+    num_places = int(place_of_rank.max()) + 1
+    if sets is not None and (np.count_nonzero(shares, axis=1) == 1).all():
+        reached = sets.reached(place_of_rank[shares.argmax(axis=1)], num_places)
+        if sets.num_sources == 1:
+            reached = np.repeat(reached / num_ranks, num_ranks, axis=0)
+        return reached
+    at_places = shares @ np.eye(num_places)[place_of_rank]
+    tokens: Floats = choices.tokens[:, None] * hit_probability(choices, at_places)
+    return tokens
 
 
 def hit_probability(choices: Choices, shares: Floats) -> Floats:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from epplan.planner.cost import TransferCost
+from epplan.planner.token_sets import TokenSets
 
 from . import compute
 from .compute import Part
@@ -106,7 +107,7 @@ class _MoeLayers:
         self._scene, self._usage, self._window, self._tokens = scene, usage, window, tokens
         self._island = islands(scene.routes)
         self._library = make_library(
-            usage.transfer,
+            usage.transfer.for_plan(scene.planned),
             scene.routes,
             scene.model.hidden_size,
             usage.dispatch_dtype or scene.model.dtype,
@@ -115,11 +116,13 @@ class _MoeLayers:
         self._known: dict[object, _Moe] = {}
 
     def __getitem__(self, ordinal: int) -> _Moe:
-        counts, shares = self._scene.counts[self._window, ordinal], self._scene.shares[ordinal]
-        key = hash(counts.tobytes()), hash(shares.tobytes())
+        scene = self._scene
+        counts, shares = scene.counts[self._window, ordinal], scene.shares[ordinal]
+        sets = None if scene.sets is None else scene.sets[self._window][ordinal]
+        key = hash(counts.tobytes()), hash(shares.tobytes()), hash(sets and sets.experts.tobytes())
         if key not in self._known:
             library, tokens = self._library, self._tokens
-            there, back = self._priced(key, counts, shares)
+            there, back = self._priced(key, counts, shares, sets)
             self._known[key] = _Moe(
                 dispatch=library.scaled(there, tokens, combine=False),
                 experts=self._experts(counts * tokens, shares),
@@ -128,7 +131,7 @@ class _MoeLayers:
         return self._known[key]
 
     def _priced(
-        self, key: object, counts: Floats, shares: Floats
+        self, key: object, counts: Floats, shares: Floats, sets: TokenSets | None
     ) -> tuple[TransferCost, TransferCost]:
         """Return dispatch and combine for one token a rank."""
         library = self._library
@@ -136,7 +139,11 @@ class _MoeLayers:
         prices = self._scene.prices
         if full_key not in prices:
             choices = Choices(
-                model=self._scene.model, counts=counts, shares=shares, island=self._island
+                model=self._scene.model,
+                counts=counts,
+                shares=shares,
+                island=self._island,
+                sets=sets,
             )
             prices[full_key] = (
                 library.price(choices, combine=False),

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from epplan.errors import InputError
 from epplan.planner.cost import TransferCost
 from epplan.planner.model import ModelSpec
+from epplan.planner.plan import TransferMode
+from epplan.planner.token_sets import TokenSets
 from epplan.topologies.graph import Gpu
 from epplan.topologies.routes import Routes
 
@@ -35,6 +37,8 @@ class Scene:
         routes: between them.
         counts: assignments of one token of every rank, [windows, layers, ranks, experts].
         shares: share of an expert's rows on each rank, by MoE layer, [experts, ranks] each.
+        sets: the same tokens with what they choose together, [windows][layers]; None: not known.
+        planned: how the plan's rows travel.
         prices: dispatch and combine of layers priced before, for one token a rank.
     """
 
@@ -44,6 +48,8 @@ class Scene:
     routes: Routes
     counts: Floats
     shares: tuple[Floats, ...]
+    sets: tuple[tuple[TokenSets, ...], ...] | None = None
+    planned: TransferMode = "per-choice"
     prices: dict[object, tuple[TransferCost, TransferCost]] = field(
         default_factory=dict, repr=False, compare=False
     )

@@ -25,13 +25,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from epplan.errors import InputError
 from epplan.planner.cost import TransferCost, transfer_cost
+from epplan.planner.forwarding import path_latency
 from epplan.planner.model import DTYPE_BYTES
+from epplan.planner.plan import TransferMode
 from epplan.topologies.hardware import hardware
 from epplan.topologies.host_paths import PATH_TYPES
 from epplan.topologies.routes import Routes
 from epplan.topologies.units import parse_bandwidth, parse_time
 
-from .copies import Choices, Copies, sent_copies
+from .copies import Choices, Copies, Floats, sent_copies
 
 Bandwidth = Annotated[float, BeforeValidator(parse_bandwidth)]
 Seconds = Annotated[float, BeforeValidator(parse_time)]
@@ -88,6 +90,17 @@ class TransferProfile(_Record):
     max_island: int | None = None  # ranks that reach each other by NVLink; None: any
     crosses_network: bool = True
     source: str
+
+    def for_plan(self, planned: TransferMode) -> "TransferProfile":
+        """Return the profile that prices like the planner with the plan's copies; others as is."""
+        if self.name != "plan":
+            return self
+        copies: dict[TransferMode, Copies] = {
+            "per-choice": "choice",
+            "direct": "rank",
+            "node-dedup": "node",
+        }
+        return self.model_copy(update={"copies": copies[planned]})
 
     def row_bytes(self, hidden: int, dtype: WireDtype) -> float:
         """Return the bytes of one row on the wire."""
@@ -155,10 +168,24 @@ class Library:
         """Return what the bytes of a dispatch or combine cost, however short it is."""
         copies = sent_copies(choices, self.profile.copies)
         start_s = None if self.profile.start is None else self.profile.host
+        paths_s = self._forwarded_paths(choices, combine=combine)
         if combine:
             sent = copies.T * self.combine_row_bytes
-            return transfer_cost(self.combine_routes, sent, start_s)
-        return transfer_cost(self.dispatch_routes, copies * self.dispatch_row_bytes, start_s)
+            return transfer_cost(self.combine_routes, sent, start_s, paths_s)
+        sent = copies * self.dispatch_row_bytes
+        return transfer_cost(self.dispatch_routes, sent, start_s, paths_s)
+
+    def _forwarded_paths(self, choices: Choices, *, combine: bool) -> Floats | None:
+        """Return both hops' latency of used paths where the evaluator's latencies are taken.
+
+        A library's own start of a network transfer was fitted with forwarding in it.
+        """
+        if self.profile.start is not None or self.profile.copies != "node":
+            return None
+        latency_s = self.dispatch_routes.latency_s
+        paths_s = path_latency(latency_s.T if combine else latency_s, choices.island)
+        used = choices.counts @ choices.shares > 0
+        return paths_s[used & ~np.eye(len(used), dtype=bool)]
 
     def scaled(self, cost: TransferCost, times: float, *, combine: bool) -> TransferCost:
         """Return the cost of `times` the tokens: as many times the bytes, the same latency.

@@ -1,0 +1,70 @@
+"""Problems with tokens: which experts they choose together is known."""
+
+import numpy as np
+
+from epplan.planner.model import ModelSpec, RouterSpec
+from epplan.planner.objective import Objective
+from epplan.planner.plan import TransferMode
+from epplan.planner.problem import Problem, make_problem
+from epplan.planner.routing_trace import from_topk
+from epplan.planner.token_sets import Ints
+from epplan.planner.traffic import Traffic
+from epplan.topologies.graph import Cluster
+from tests.tiny import tiny_model
+
+
+def random_tokens(
+    seed: int, sources: int, experts: int, *, top_k: int = 2, tokens: int = 12, windows: int = 1
+) -> Ints:
+    """Return choices of skewed popularity and habit, [windows, 1, sources, tokens, k]."""
+    random = np.random.default_rng(seed)
+    popularity = random.lognormal(0.0, 0.7, (windows, sources, 1, experts))
+    scores = random.gumbel(size=(windows, sources, tokens, experts)) + np.log(popularity)
+    return np.argsort(-scores, axis=-1)[:, None, ..., :top_k]
+
+
+def token_traffic(topk: Ints, experts: int) -> Traffic:
+    """Return traffic of `topk` [windows, layers, sources, tokens, k]."""
+    trace = from_topk(topk, "test")
+    counts = np.array([[sets.counts(experts) for sets in window] for window in trace.sets])
+    return Traffic(
+        counts=counts,
+        source="test",
+        sha256="0" * 64,
+        windows=len(counts),
+        source_ranks=topk.shape[2],
+        tokens_per_rank=topk.shape[3],
+        sets=trace.sets,
+    )
+
+
+def token_model(topk: Ints, experts: int, *, ffn: int = 64, groups: int = 1) -> ModelSpec:
+    """Return a tiny model for `topk`, with a group-limited router."""
+    top_k = topk.shape[4]
+    model = tiny_model(experts, layers=topk.shape[1], top_k=top_k, ffn=ffn)
+    router = RouterSpec(groups=groups, topk_groups=groups)
+    return model.model_copy(update={"router": router})
+
+
+def token_problem(
+    topk: Ints,
+    experts: int,
+    cluster: Cluster,
+    transfer: TransferMode,
+    *,
+    experts_per_gpu: int = 2,
+    objective: Objective | None = None,
+    ffn: int = 64,
+    groups: int = 1,
+) -> Problem:
+    """Return the problem on all GPUs of a cluster; routing groups stay whole if there are some."""
+    return make_problem(
+        cluster,
+        tuple(cluster.gpus()),
+        token_model(topk, experts, ffn=ffn, groups=groups),
+        token_traffic(topk, experts),
+        experts_per_gpu,
+        objective,
+        transfer=transfer,
+        keep_groups=groups > 1,
+    )
