@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="With local: start all ranks again that often when one is killed or crashes.",
+    help="Start all ranks again that often when one is killed or crashes.",
 )
 @worker_options
 @click.pass_context
@@ -97,12 +97,7 @@ def launch(
     from epplan.launcher.quoting import parse_variable
     from epplan.launcher.request import request_from_plan
 
-    if target != LOCAL and max_restarts:
-        raise InputError(
-            f"--max-restarts is for --to local; {target} starts again by its own rules",
-            hints=["keep --progress, and submit the job again"],
-        )
-    progress = options.pop("progress") if target == LOCAL else None
+    progress = options.pop("progress")  # kept where ranks are restarted, also if nobody asked
     if target == LOCAL:  # jobs take a copy of the map along
         options["host_map"] = host_map
     request = request_from_plan(
@@ -128,6 +123,8 @@ def launch(
         python=python,
         name=name,
         image=image,
+        max_restarts=max_restarts,
+        progress=progress,
     )
     _launch_job(request, target, settings, topology, dry_run, show_env, as_json)
 

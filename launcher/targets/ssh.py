@@ -60,7 +60,7 @@ def render(job: Job) -> Rendering:
     remote = shell(f"bash {shell(job.path('remote.sh'))}")
     files = (
         File(name="hosts", text=job.head("Hosts in rank order, and their ranks.") + slots),
-        *(host_script(job, host) for host in job.hosts),
+        *(host_script(job, host, job.max_restarts) for host in job.hosts),
         File(
             name="remote.sh",
             text=header(job, "Runs a host's script until it ends or the connection does.")
