@@ -87,8 +87,9 @@ LIMIT_WITH_PLAN = 4
 def replan(plan: Path, output: Path, transfers: Path | None, as_json: bool, **options: Any) -> int:
     """Make a plan for the ranks of PLAN that are left when hosts are gone.
 
-    Survivors keep their experts; those of the lost ranks are loaded where they cost least. That
-    moves as few bytes as can be; --extra trades more of them for speed. Ranks are numbered anew.
+    Survivors keep their experts; those of which no copy is left are loaded where they cost least.
+    That moves as few bytes as can be; --extra trades more of them for speed, replicas that were
+    lost among them. Ranks are numbered anew.
 
     \b
     Examples:
@@ -135,7 +136,8 @@ def _replan(
     time_limit: float,
 ) -> "Replanned":
     from epplan.planner.objective import Objective
-    from epplan.planner.replan import Effort, replan, surviving_ranks, surviving_traffic
+    from epplan.planner.replan import Effort, replan
+    from epplan.planner.survivors import surviving_ranks, surviving_traffic
 
     budget = _extra_loads(extra, before)
     cluster = _load_cluster(before, topology, gpu_model)
