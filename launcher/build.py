@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from epplan.planner.plan import plan_text
+from epplan.quoting import comment
 
 from .environment import Variable, common_variables, gpu_variables
 from .host_map import read_host_map
@@ -21,7 +22,7 @@ from .job import (
     JobHost,
     Network,
 )
-from .quoting import check_hosts, comment, label
+from .quoting import check_hosts, label
 from .request import LaunchRequest
 from .restart import FINAL_VARIABLE
 from .targets import kubernetes

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epplan.planner.plan import Rank
+from epplan.quoting import comment
 
 from .environment import Variable
-from .quoting import comment
 from .request import LaunchRequest
 
 PLAN_FILE = "plan.json"

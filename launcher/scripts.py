@@ -5,10 +5,11 @@ Both are plain bash without anything to install, so that a person can read what 
 
 from collections.abc import Iterable
 
+from epplan.quoting import comment, shell
+
 from .environment import Variable
 from .identity import HOST_VARIABLE
 from .job import FINAL_ERROR_FILE, PLAN_FILE, File, Job, JobHost
-from .quoting import comment, shell
 
 
 def header(job: Job, what: str) -> str:

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shlex
 import socket
 import sys
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import epplan
 from epplan.errors import InputError, RankFailedError
 from epplan.launcher.targets.registry import LOCAL, TARGETS
 from epplan.launcher.worker_options import option_arguments, worker_options
@@ -184,10 +182,10 @@ def _run_local(
 
 
 def _show_local(request: "LaunchRequest", show_env: bool, as_json: bool) -> None:
-    from epplan.launcher.quoting import shell
     from epplan.launcher.ranks import local_variables
     from epplan.launcher.show_env import environment_json, environment_table
     from epplan.output import print_json, print_tables
+    from epplan.quoting import shell
 
     rows = [("all ranks", x) for x in local_variables(request, len(os.sched_getaffinity(0)))]
     arguments = ["-m", request.module, *request.worker_arguments()]
@@ -213,10 +211,10 @@ def _launch_job(
     from epplan.launcher.submit import become, command_here, job_json, job_text, write_job
     from epplan.launcher.targets.registry import render
     from epplan.output import print_json, print_tables, talk
+    from epplan.quoting import made_by
 
-    made_by = f"epplan {epplan.__version__}: {shlex.join(['epplan', *sys.argv[1:]])}"
     job = build_job(
-        request, target, settings, topology=topology, made_by=made_by, this_python=sys.executable
+        request, target, settings, topology=topology, made_by=made_by(), this_python=sys.executable
     )
     for note in job.notes:
         talk(f"note: {note}")

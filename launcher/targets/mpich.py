@@ -7,8 +7,8 @@ switched off.
 """
 
 from epplan.launcher.job import Command, File, Job, Rendering
-from epplan.launcher.quoting import shell
 from epplan.launcher.scripts import header, rank_script, run_lines
+from epplan.quoting import shell
 
 _START = """\
 cd {folder}

@@ -6,8 +6,8 @@ worker binds itself.
 """
 
 from epplan.launcher.job import Command, File, Job, Rendering
-from epplan.launcher.quoting import shell
 from epplan.launcher.scripts import header, rank_script, run_lines
+from epplan.quoting import shell
 
 # Names are relative, because PRRTE takes a colon or comma in a path for its own syntax.
 _START = """\

@@ -7,8 +7,8 @@ command does not learn that its ssh is gone unless it reads from it: `remote.sh`
 """
 
 from epplan.launcher.job import Command, File, Job, Rendering
-from epplan.launcher.quoting import shell
 from epplan.launcher.scripts import header, host_script
+from epplan.quoting import shell
 
 _START = """\
 cd {folder}
