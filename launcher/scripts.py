@@ -142,8 +142,13 @@ def run_lines(job: Job, command: str) -> str:
 
 
 def _forget(job: Job) -> str:
-    """Return the line by which a job that is started anew knows nothing of the time before."""
-    return f"rm -f {shell(*map(str, job.forgotten))}\n" if job.forgotten else ""
+    """Return the line by which a job that is started anew knows nothing of the time before.
+
+    A job that Slurm has put in its queue again, after a node failed, is not started anew.
+    """
+    if not job.forgotten:
+        return ""
+    return f"(( ${{SLURM_RESTART_COUNT:-0}} )) || rm -f {shell(*map(str, job.forgotten))}\n"
 
 
 def _wrapped(words: list[str]) -> str:

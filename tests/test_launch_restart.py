@@ -94,22 +94,22 @@ class LoopJob:
     job: Job
     folder: Path
 
-    def start(self, mpiexec: str) -> "subprocess.Popen[str]":
+    def start(self, mpiexec: str, **variables: str) -> "subprocess.Popen[str]":
         """Start the job's script; a line is added to `starts` before `mpiexec` runs."""
         program = self.folder / "mpiexec.hydra"
         program.write_text(f"#!/bin/bash\necho x >> {self.folder}/starts\n{mpiexec}\n")
         program.chmod(0o755)
         return subprocess.Popen(
             ["bash", str(self.job.output / "start.sh")],
-            env={"PATH": f"{self.folder}:{os.environ['PATH']}"},
+            env={"PATH": f"{self.folder}:{os.environ['PATH']}", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, mpiexec: str) -> tuple[int, str]:
+    def run(self, mpiexec: str, **variables: str) -> tuple[int, str]:
         """Return exit code and what was said."""
-        process = self.start(mpiexec)
+        process = self.start(mpiexec, **variables)
         _, said = process.communicate(timeout=20)
         return process.returncode, said
 
@@ -149,6 +149,11 @@ def test_a_new_start_of_a_job_forgets_its_own_progress(loop: LoopJob, tmp_path: 
     (loop.job.output / PROGRESS_FILE).touch()
     assert loop.run("exit 0")[0] == 0
     assert not (loop.job.output / PROGRESS_FILE).exists()
+    (loop.job.output / PROGRESS_FILE).touch()
+    assert (
+        loop.run("exit 0", SLURM_RESTART_COUNT="1")[0] == 0
+    )  # Slurm has put it in its queue again
+    assert (loop.job.output / PROGRESS_FILE).exists()
     own = make_job(
         uneven_plan(), "mpich", output=tmp_path, max_restarts=2, progress=tmp_path / "own"
     )
