@@ -227,7 +227,7 @@ def main(args):
 def test_a_killed_rank_costs_no_finished_step(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     launch = Launch(tmp_path, DIES_ONCE, 2)
-    steps = 400
+    steps = 100
     exit_code, stdout, stderr = finish(
         launch.start("--json", "--max-restarts=1", f"--steps={steps}", "--sequence-length=8")
     )
@@ -248,7 +248,7 @@ def test_without_restarts_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     launch = Launch(tmp_path, DIES_ONCE, 2)
     progress = tmp_path / "progress.json"
-    arguments = ["--steps=400", "--sequence-length=8", f"--progress={progress}"]
+    arguments = ["--steps=100", "--sequence-length=8", f"--progress={progress}"]
     exit_code, _, stderr = finish(launch.start(*arguments))
     assert exit_code != 0
     assert "was killed by SIGKILL" in stderr
