@@ -31,6 +31,7 @@ from tests.cluster.proof import (
     solve,
     write_inputs,
 )
+from tests.cluster.replay_rank import STARVED
 
 RULE = "lognormal:1,1"
 TOKENS = 512  # a rank
@@ -43,7 +44,7 @@ BEGIN, END = "<!-- begin: benchmarks/emulated_cluster.py -->\n", "<!-- end -->\n
 
 @click.command()
 @click.option("--traces", type=click.Path(path_type=Path), help="Recorded counts (SmartMoE's).")
-@click.option("--repeats", default=3, show_default=True, help="Of every all-to-all.")
+@click.option("--repeats", default=5, show_default=True, help="Of every all-to-all.")
 @click.option("--only", multiple=True, help="Names of fabrics; all by default.")
 @click.option("--write", type=click.Path(path_type=Path), help="Put the tables into this page.")
 def main(traces: Path | None, repeats: int, only: tuple[str, ...], write: Path | None) -> None:
@@ -129,7 +130,9 @@ def _error_table(proofs: list[Proof]) -> Iterator[str]:
         f"{len(cases)} all-to-alls: the prediction is off by {errors.mean():.1%} on average and by "
         f"{errors.max():.1%} at most; {within} are within {ERROR_GOAL:.0%}. Repeats of one differ "
         f"by {np.mean([case.spread for case in cases]):.1%} on average, by "
-        f"{max(case.spread for case in cases):.0%} at most."
+        f"{max(case.spread for case in cases):.0%} at most. {sum(case.spoiled for case in cases)} "
+        f"rounds were repeated because a rank waited for a processor for more than {STARVED:.0%} "
+        f"of them; {sum(case.kept_spoiled for case in cases)} count although one did."
     )
 
 
@@ -139,7 +142,8 @@ def _case_lines(proof: Proof) -> Iterator[str]:
             f"{proof.fabric.name} {proof.traffic} {case.placement} layer {case.layer} "
             f"{case.phase}: predicted {case.predicted_s * 1e3:.0f} ms, measured "
             f"{case.measured_s * 1e3:.0f} ms ({case.error:+.1%}, repeats within "
-            f"{case.spread:.1%}), set by {case.limit}"
+            f"{case.spread:.1%}, {case.spoiled} repeated for want of a processor), set by "
+            f"{case.limit}"
         )
 
 

@@ -4,13 +4,20 @@ No torch here: the command line imports this.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import click
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+from .shared_options import (
+    BACKEND,
+    ROUTER_SKEW,
+    SEED,
+    SEQUENCES,
+    Decorated,
+    add_options,
+    number,
+    switch,
+)
 
 
 def _grid(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -38,69 +45,34 @@ _OPTIONS = (
         metavar="R",
         help="Time the work of rank R alone on this machine, without transfers.",
     ),
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "gloo", "nccl"]),
-        default="auto",
-        show_default=True,
-        help="nccl computes on GPUs, gloo on the CPU; auto: nccl where every rank has a GPU.",
-    ),
-    click.option(
-        "--sequences", type=click.IntRange(1), default=2, show_default=True, help="Per rank."
-    ),
-    click.option(
-        "--sequence-length",
-        type=click.IntRange(1),
-        default=64,
-        show_default=True,
-        help="Positions of a sequence in prefill.",
-    ),
-    click.option(
-        "--context",
-        type=click.IntRange(0),
-        default=64,
-        show_default=True,
-        help="Positions of a sequence before a decode step.",
-    ),
+    BACKEND,
+    SEQUENCES,
+    number("--sequence-length", 64, "Positions of a sequence in prefill."),
+    number("--context", 64, "Positions of a sequence before a decode step.", least=0),
     click.option(
         "--micro-batches",
         type=click.IntRange(1),
         help="Parts of a step; chosen by size if not given.",
     ),
-    click.option(
-        "--overlap/--no-overlap",
+    switch(
+        "overlap", "Let a micro-batch compute while another's data are under way.", default=True
+    ),
+    switch(
+        "graph",
+        "Replay decode steps as a CUDA graph, on a GPU: of --one-rank, and of a plan whose rows "
+        "are padded.",
         default=True,
-        show_default=True,
-        help="Let a micro-batch compute while another's data are under way.",
     ),
-    click.option(
-        "--graph/--no-graph",
-        default=True,
-        show_default=True,
-        help="Replay decode steps as a CUDA graph, on a GPU: of --one-rank, and of a plan whose "
-        "rows are padded.",
-    ),
-    click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Timed."),
-    click.option(
-        "--warm-up", type=click.IntRange(1), default=2, show_default=True, help="Steps before."
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs."),
-    click.option(
-        "--router-skew",
-        metavar="SIGMA",
-        type=click.FloatRange(0),
-        default=0.0,
-        show_default=True,
-        help="Seeded routers only: prefer some experts, about as traffic lognormal:SIGMA does.",
-    ),
+    number("--steps", 5, "Timed."),
+    number("--warm-up", 2, "Steps before."),
+    SEED,
+    ROUTER_SKEW,
 )
 
 
 def bench_options(command: Decorated) -> Decorated:
     """Add the benchmark's options to a click command, in their order."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return add_options(_OPTIONS, command)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,12 +8,23 @@ from pathlib import Path
 import yaml
 
 from epplan.planner.plan import plan_text
+from epplan.quoting import comment
 
-from .environment import common_variables, gpu_variables
+from .environment import Variable, common_variables, gpu_variables
 from .host_map import read_host_map
-from .job import PLAN_FILE, RESULT_FILE, File, Job, JobHost, Network
-from .quoting import check_hosts, comment, label
+from .job import (
+    FINAL_ERROR_FILE,
+    PLAN_FILE,
+    PROGRESS_FILE,
+    RESULT_FILE,
+    File,
+    Job,
+    JobHost,
+    Network,
+)
+from .quoting import check_hosts, label
 from .request import LaunchRequest
+from .restart import FINAL_VARIABLE
 from .targets import kubernetes
 from .targets.registry import KUBERNETES
 
@@ -32,6 +43,8 @@ class Settings:
         python: the interpreter on the hosts; by default this one, in containers `python3`.
         name: of the job; by default the plan's.
         image: the container image.
+        max_restarts: how often all ranks are started again after a crash.
+        progress: the user's file of finished steps.
     """
 
     output: Path
@@ -41,6 +54,8 @@ class Settings:
     python: str | None
     name: str | None
     image: str | None
+    max_restarts: int
+    progress: Path | None
 
 
 def build_job(
@@ -80,6 +95,15 @@ def build_job(
         request = replace(
             request, options=(*request.options, f"--host-map={folder / HOST_MAP_FILE}")
         )
+    progress, variables, forgotten = settings.progress, common_variables(request), []
+    if settings.max_restarts and not in_pods:
+        forgotten.append(folder / FINAL_ERROR_FILE)
+        variables += (_final_error_variable(folder),)
+        if progress is None:
+            progress = folder / PROGRESS_FILE
+            forgotten.append(progress)
+    if progress is not None:
+        request = replace(request, options=(*request.options, f"--progress={progress.absolute()}"))
     network = _network(request, topology, folder, made_by)
     default_address = kubernetes.master_address(name) if in_pods else names[request.hosts[0]]
     return Job(
@@ -93,10 +117,30 @@ def build_job(
         master_address=settings.master_address or default_address,
         master_port=settings.master_port,
         hosts=tuple(_hosts(request, names, network)),
-        variables=(*common_variables(request), *network.variables),
+        variables=(*variables, *network.variables),
         files=(*files, *network.files),
         image=settings.image,
-        notes=network.notes,
+        notes=(*network.notes, *_restart_notes(settings, in_pods)),
+        max_restarts=settings.max_restarts,
+        forgotten=tuple(forgotten),
+    )
+
+
+def _final_error_variable(folder: Path) -> Variable:
+    return Variable(
+        name=FINAL_VARIABLE,
+        value=str(folder / FINAL_ERROR_FILE),
+        reason="where a rank notes an error that a restart would not change",
+        is_fixed=True,
+    )
+
+
+def _restart_notes(settings: Settings, in_pods: bool) -> tuple[str, ...]:
+    if not settings.max_restarts or not in_pods or settings.progress is not None:
+        return ()
+    return (
+        "restarted pods begin with the first step: give --progress FILE on a volume that the pods "
+        "share",
     )
 
 

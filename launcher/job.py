@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epplan.planner.plan import Rank
+from epplan.quoting import comment
 
 from .environment import Variable
-from .quoting import comment
 from .request import LaunchRequest
 
 PLAN_FILE = "plan.json"
 RESULT_FILE = "result.json"
+PROGRESS_FILE = "progress.json"
+FINAL_ERROR_FILE = "final-error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,8 @@ class Job:
         files: what the variables refer to.
         image: the container image, for Kubernetes.
         notes: what was left alone, and why.
+        max_restarts: how often all ranks are started again after a crash.
+        forgotten: files that restarts need, and that are deleted when the job is started anew.
     """
 
     request: LaunchRequest
@@ -107,6 +111,8 @@ class Job:
     files: tuple[File, ...]
     image: str | None
     notes: tuple[str, ...]
+    max_restarts: int
+    forgotten: tuple[Path, ...]
 
     @property
     def num_ranks(self) -> int:

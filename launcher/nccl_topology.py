@@ -9,10 +9,9 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 
+from epplan.quoting import comment
 from epplan.topologies.graph import Cluster, Gpu, Nic, Node, Numa, PcieSwitch
 from epplan.topologies.hardware import hardware
-
-from .quoting import comment
 
 _GPU, _NIC, _BRIDGE = "0x030200", "0x020700", "0x060400"  # PCI classes
 _BUS_ID = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")

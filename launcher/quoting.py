@@ -1,11 +1,10 @@
-"""The one place where values become text of a shell, a comment or a scheduler's file.
+"""Names that become text of a scheduler's file, which cannot quote them.
 
-Shells quote anything. Rank files, host files and node lists have no quoting at all, so that a host
-name which needs it is refused before anything is written.
+Shells quote anything (`epplan/quoting.py`). Rank files, host files and node lists have no quoting
+at all, so that a host name which needs it is refused before anything is written.
 """
 
 import re
-import shlex
 from collections.abc import Iterable
 
 from epplan.errors import InputError
@@ -15,18 +14,6 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 # What Kubernetes takes as a part of host names: DNS-1123, beginning with a letter.
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-def shell(*words: str) -> str:
-    """Return words of a command line as a POSIX shell reads them back."""
-    return shlex.join(words)
-
-
-def comment(text: str) -> str:
-    """Return text for one comment line: what would end the line or hide in it is escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def check_hosts(hosts: Iterable[str], where: str) -> None:

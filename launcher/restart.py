@@ -2,11 +2,15 @@
 
 Ranks of an expert-parallel group cannot go on without one of them, so that all are started again;
 those that keep a progress file go on after the last finished step.
+
+Errors that would come again end the job. Schedulers lose exit codes (srun gives that of the ranks
+it killed, torchrun 1 whatever happened), so that a rank leaves such a code in a file.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +19,7 @@ from epplan.errors import RankFailedError
 Run = TypeVar("Run")
 
 _DELIBERATE = range(2, 7)  # exit codes of epplan's own errors: the same would come again
+FINAL_VARIABLE = "EPPLAN_FINAL_ERROR"  # names the file
 
 
 def run_with_restarts(
@@ -56,3 +61,25 @@ def _may_pass(error: RankFailedError) -> bool:
     A run with a result came to its end and was wrong.
     """
     return error.result is None and error.exit_code not in _DELIBERATE
+
+
+def note_final_error(exit_code: int, *, is_final: bool = False) -> None:
+    """Leave the exit code for whoever would start this rank again, if the error would come again.
+
+    Args:
+        exit_code: of this rank.
+        is_final: the code alone does not tell, but the error would.
+    """
+    path = os.environ.get(FINAL_VARIABLE)
+    if path and (is_final or exit_code in _DELIBERATE):
+        with suppress(OSError):
+            Path(path).write_text(f"{exit_code}\n")
+
+
+def final_error() -> int | None:
+    """Return the exit code that the ranks of an earlier start have left, if they did."""
+    path = os.environ.get(FINAL_VARIABLE)
+    with suppress(OSError, ValueError):
+        if path:
+            return int(Path(path).read_text())
+    return None

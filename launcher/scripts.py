@@ -5,10 +5,11 @@ Both are plain bash without anything to install, so that a person can read what 
 
 from collections.abc import Iterable
 
+from epplan.quoting import comment, shell
+
 from .environment import Variable
 from .identity import HOST_VARIABLE
-from .job import PLAN_FILE, File, Job, JobHost
-from .quoting import comment, shell
+from .job import FINAL_ERROR_FILE, PLAN_FILE, File, Job, JobHost
 
 
 def header(job: Job, what: str) -> str:
@@ -34,23 +35,32 @@ def worker_command(job: Job) -> list[str]:
     return ["-m", job.request.module, *job.request.options, *result, job.path(PLAN_FILE)]
 
 
-def host_script(job: Job, host: JobHost) -> File:
+def host_script(job: Job, host: JobHost, max_restarts: int) -> File:
     """Return the script that starts all ranks of one host through torchrun's static rendezvous.
 
-    `--node-rank` counts only there: c10d, which most recipes name, sorts hosts as text.
+    `--node-rank` counts only there: c10d, which most recipes name, sorts hosts as text. Each host's
+    torchrun starts its own ranks again: one that dies makes those of all hosts fail.
+
+    Args:
+        job: the job.
+        host: the host.
+        max_restarts: of torchrun.
     """
     count = len(host.ranks)
     torchrun = [
         *("-m", "torch.distributed.run", "--rdzv-backend=static", f"--nnodes={len(job.hosts)}"),
         f"--node-rank={host.index}",
         *(f"--nproc-per-node={count}", f"--master-addr={job.master_address}"),
-        *(f"--master-port={job.master_port}", *worker_command(job)),
+        f"--master-port={job.master_port}",
+        *([f"--max-restarts={max_restarts}"] if max_restarts else []),
+        *worker_command(job),
     ]
     last = host.first_rank + count - 1
     ranks = f"rank {last}" if count == 1 else f"ranks {host.first_rank} to {last}"
     text = (
         header(job, f"Starts {ranks} on host {host.name}.")
         + exports([*job.variables, *host.variables])
+        + (_forget(job) if host.index == 0 else "")
         + "# the ranks of a host share its CPUs; torchrun would give each a single thread\n"
         + f"threads=$(( $(nproc) / {count} ))\n"
         + "[[ -v OMP_NUM_THREADS ]] || export OMP_NUM_THREADS=$(( threads > 1 ? threads : 1 ))\n"
@@ -92,6 +102,53 @@ def rank_script(job: Job, *, rank: str, host: str | None = None) -> File:
         text += f'export {HOST_VARIABLE}="${host}"\n'
     text += f"exec {shell(job.python)} {_wrapped(worker_command(job))}\n"
     return File(name="rank.sh", text=text, is_executable=True)
+
+
+_LOOP = """\
+# starts all ranks again after a crash or a kill, not after an error that would come again
+restart=0 stopped= ranks=
+trap 'stopped=130; kill $ranks 2> /dev/null || true' INT
+trap 'stopped=143; kill $ranks 2> /dev/null || true' TERM
+while [[ ! $stopped ]]; do
+  code=0
+  {command} &
+  ranks=$!
+  wait "$ranks" || code=$?
+  if [[ $stopped ]]; then break; fi
+  if [[ $code != 0 && -e {final_error} ]]; then exit "$(< {final_error})"; fi
+  if [[ $code == 0 ]] || (( restart == {max_restarts} )); then exit "$code"; fi
+  restart=$(( restart + 1 ))
+  echo "the ranks ended with exit code $code; restart $restart of {max_restarts}" >&2
+done
+wait "$ranks" || true  # they end first
+exit "$stopped"
+"""
+
+
+def run_lines(job: Job, command: str) -> str:
+    """Return the end of a script: it becomes `command`, or runs it until it needs no restart.
+
+    Args:
+        job: the job.
+        command: starts all ranks, and ends when they have.
+    """
+    if not job.max_restarts:
+        return f"exec {command}\n"
+    return _forget(job) + _LOOP.format(
+        command=command,
+        final_error=shell(job.path(FINAL_ERROR_FILE)),
+        max_restarts=job.max_restarts,
+    )
+
+
+def _forget(job: Job) -> str:
+    """Return the line by which a job that is started anew knows nothing of the time before.
+
+    A job that Slurm has put in its queue again, after a node failed, is not started anew.
+    """
+    if not job.forgotten:
+        return ""
+    return f"(( ${{SLURM_RESTART_COUNT:-0}} )) || rm -f {shell(*map(str, job.forgotten))}\n"
 
 
 def _wrapped(words: list[str]) -> str:

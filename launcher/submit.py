@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 
 from epplan.errors import InputError
 from epplan.files import write_atomically
+from epplan.quoting import shell
 
 from .host_map import same_host
 from .job import PLAN_FILE, Command, Job, Rendering
-from .quoting import shell
 
 
 def write_job(job: Job, rendering: Rendering) -> None:

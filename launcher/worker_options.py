@@ -4,13 +4,22 @@
 torch here: the command line imports this.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+from .shared_options import (
+    BACKEND,
+    ROUTER_SKEW,
+    SEED,
+    SEQUENCES,
+    Decorated,
+    add_options,
+    number,
+    switch,
+)
 
 
 def _number_or_auto(_: click.Context, __: click.Parameter, value: str) -> int | None:
@@ -30,45 +39,13 @@ def _token_ids(_: click.Context, __: click.Parameter, value: str | None) -> str 
 
 
 _OPTIONS = (
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "gloo", "nccl"]),
-        default="auto",
-        show_default=True,
-        help="nccl computes on GPUs, gloo on the CPU; auto: nccl where every rank has a GPU.",
-    ),
-    click.option(
-        "--sequences", type=click.IntRange(1), default=2, show_default=True, help="Per rank."
-    ),
-    click.option(
-        "--sequence-length",
-        type=click.IntRange(1),
-        default=64,
-        show_default=True,
-        help="In tokens.",
-    ),
-    click.option(
-        "--steps",
-        type=click.IntRange(1),
-        default=3,
-        show_default=True,
-        help="Timed steps, after one to warm up.",
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of weights and inputs."),
-    click.option(
-        "--router-skew",
-        metavar="SIGMA",
-        type=click.FloatRange(0),
-        default=0.0,
-        show_default=True,
-        help="Seeded routers only: prefer some experts, about as traffic lognormal:SIGMA does.",
-    ),
-    click.option(
-        "--verify/--no-verify",
-        default=True,
-        show_default=True,
-        help="Compare with the dense model, on rank 0.",
-    ),
+    BACKEND,
+    SEQUENCES,
+    number("--sequence-length", 64, "In tokens."),
+    number("--steps", 3, "Timed steps, after one to warm up."),
+    SEED,
+    ROUTER_SKEW,
+    switch("verify", "Compare with the dense model, on rank 0.", default=True),
     click.option(
         "--timeout",
         metavar="SECONDS",
@@ -106,11 +83,8 @@ _OPTIONS = (
         show_default="as the plan prices it",
         help="Send a token once to a rank, however many of its experts are there.",
     ),
-    click.option(
-        "--fp8-dispatch/--no-fp8-dispatch",
-        default=False,
-        show_default=True,
-        help="Send rows to experts as 8-bit numbers with a scale a row. Changes outputs.",
+    switch(
+        "fp8-dispatch", "Send rows to experts as 8-bit numbers with a scale a row. Changes outputs."
     ),
     click.option(
         "--capacity-factor",
@@ -119,11 +93,8 @@ _OPTIONS = (
         show_default=True,
         help="Of dispatcher padded: room for rows, over the mean rows of an expert.",
     ),
-    click.option(
-        "--train/--no-train",
-        default=False,
-        show_default=True,
-        help="Time training steps: forward, backward, gradients added up over ranks; no update.",
+    switch(
+        "train", "Time training steps: forward, backward, gradients added up over ranks; no update."
     ),
     click.option(
         "--trace",
@@ -144,12 +115,10 @@ _OPTIONS = (
         help="Tokens of every sequence, in place of seeded ones and of --sequence-length; with "
         "--checkpoint.",
     ),
-    click.option(
+    number(
         "--new-tokens",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="To generate after each sequence, the likeliest each time; with --checkpoint.",
+        1,
+        "To generate after each sequence, the likeliest each time; with --checkpoint.",
     ),
     click.option(
         "--window",
@@ -219,9 +188,7 @@ _OPTIONS = (
 
 def worker_options(command: Decorated) -> Decorated:
     """Add the worker's options to a click command, in their order."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return add_options(_OPTIONS, command)
 
 
 def option_arguments(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@
 
 A step moves an expert of a rank that sets a phase's time to a free slot, or swaps it with another.
 Steps are priced by the linear rows of the solver; the evaluator prices the result again.
+`recopy.py` does the same for copies, which take the experts' place here.
 """
 
 from dataclasses import dataclass
@@ -15,17 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
 
-from .cost import Placement, evaluate_layer, one_copy
+from .cost import Placement, Shares, evaluate_layer, one_copy
 from .neighbours import Neighbours
 from .problem import Problem
-from .rows import Floats, RowBuilder
-
-Copies = npt.NDArray[np.bool_]  # of one layer, [experts, ranks]
-Held = npt.NDArray[np.bool_]  # copies that are there already, [layers, experts, ranks]
-Ints = npt.NDArray[np.int64]
+from .room import Copies, Held, Ints, deal_room, one_copy_each
+from .rows import Floats, LayerRows, RowBuilder
 
 _SIGNIFICANT = 1 - 1e-9  # a step must gain more than rounding
 
@@ -45,21 +41,35 @@ class Step:
     loads: int
 
 
-class _Layer:
-    """One layer while it is placed again.
+class LayerRepair:
+    """One layer while it is placed again; with replicas, "experts" are copies of experts.
+
+    Args:
+        problem: of the ranks that are left.
+        number: ordinal of the MoE layer.
+        rows: of the experts.
+        held: where copies are already, [experts, ranks].
+        copy_of: of copies, the expert; None where there is one copy of each. [experts]
 
     Attributes:
-        number: ordinal of the MoE layer.
-        held: copies that are there already, [experts, ranks].
         room: most experts on every rank, [ranks].
         placement: rank of every expert; -1 for those that have none yet.
+        seconds: the layer's time, as `take` and `load_lost` keep it.
     """
 
-    def __init__(self, builder: RowBuilder, problem: Problem, number: int, held: Copies) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        number: int,
+        rows: LayerRows,
+        held: Copies,
+        copy_of: npt.NDArray[np.intp] | None = None,
+    ) -> None:
         self.problem = problem
         self.number = number
+        self.rows = rows
         self.held = held
-        self.rows = builder.layer(number)
+        self.copy_of = copy_of
         self.room = np.full(problem.num_ranks, problem.experts_per_gpu)
         self.placement = np.full(len(held), -1, dtype=np.intp)
         self.seconds = 0.0
@@ -76,8 +86,27 @@ class _Layer:
     def heaviest_first(self, experts: npt.NDArray[np.intp]) -> list[int]:
         """Return experts by their rows, falling."""
         rows = self.problem.counts[:, self.number].sum(axis=(0, 1))
-        order: list[int] = experts[np.argsort(-rows[experts], kind="stable")].tolist()
+        weight = rows if self.copy_of is None else rows[self.copy_of]
+        order: list[int] = experts[np.argsort(-weight[experts], kind="stable")].tolist()
         return order
+
+    def _taken(self, expert: int) -> npt.NDArray[np.bool_]:
+        """Return the ranks where another copy of the same expert is, [ranks]."""
+        taken = np.zeros(len(self.room), dtype=bool)
+        if self.copy_of is not None:
+            twins = np.flatnonzero(self.copy_of == self.copy_of[expert])
+            ranks = self.placement[twins[twins != expert]]
+            taken[ranks[ranks >= 0]] = True
+        return taken
+
+    def _cannot_swap(self, expert: int, partners: list[int]) -> npt.NDArray[np.bool_]:
+        """Return which swaps change nothing or put copies of an expert together, [partners]."""
+        here, there = self.placement[expert], self.placement[partners]
+        blocked: npt.NDArray[np.bool_] = (there == here) | self._taken(expert)[there]
+        if self.copy_of is not None:
+            on_here = np.isin(self.copy_of[partners], self.copy_of[self.placement == here])
+            blocked |= on_here
+        return blocked
 
     def settle(self, expert: int, ranks: npt.NDArray[np.intp]) -> None:
         """Put an expert on that of `ranks` where the layer's time grows least."""
@@ -118,7 +147,8 @@ class _Layer:
             seconds = [neighbours.moves(expert)[free], neighbours.swaps(expert)[partners]]
             loads = [missing[expert, end] - away[expert] for end in ends]
             loads[1] = loads[1] + missing[partners, here] - away[partners]
-            seconds[1] = np.where(there == here, np.inf, seconds[1])
+            seconds[0] = np.where(self._taken(expert)[free], np.inf, seconds[0])
+            seconds[1] = np.where(self._cannot_swap(expert, partners), np.inf, seconds[1])
             for is_swap in (False, True):
                 found = self._most_worth(seconds[is_swap], loads[is_swap], budget)
                 if found is None or (best is not None and found[0] <= best[0]):
@@ -167,7 +197,10 @@ def least_moved(problem: Problem, held: Held) -> list[Placement] | None:
         None where slots or memory leave no room for the lost experts beside what is there.
     """
     builder = RowBuilder(problem)
-    layers = [_Layer(builder, problem, number, copies) for number, copies in enumerate(held)]
+    layers = [
+        LayerRepair(problem, number, builder.layer(number), copies)
+        for number, copies in enumerate(held)
+    ]
     for layer in layers:
         copies = layer.held.sum(axis=1)
         only = np.flatnonzero(copies == 1)
@@ -175,9 +208,14 @@ def least_moved(problem: Problem, held: Held) -> list[Placement] | None:
         for expert in layer.heaviest_first(np.flatnonzero(copies > 1)):
             layer.settle(expert, np.flatnonzero(layer.held[expert]))
     if not _make_room(problem, layers):
-        return None
+        chosen = one_copy_each(problem, held)
+        if chosen is None:
+            return None
+        for layer, copies in zip(layers, chosen, strict=True):
+            layer.placement = np.where(copies.any(axis=1), copies.argmax(axis=1), -1)
+        _make_room(problem, layers)
     for layer in layers:
-        _load_lost(layer)
+        load_lost(layer, np.flatnonzero(~layer.held.any(axis=1)))
     return [layer.placement for layer in layers]
 
 
@@ -188,7 +226,7 @@ def improve(
     builder = RowBuilder(problem)
     layers = []
     for number, placement in enumerate(placements):
-        layer = _Layer(builder, problem, number, held[number])
+        layer = LayerRepair(problem, number, builder.layer(number), held[number])
         layer.take(Step(placement=placement, seconds=layer.price(placement), loads=0))
         if problem.layers_coupled:  # memory is dealt out: only swaps
             layer.room = np.bincount(placement, minlength=problem.num_ranks)
@@ -208,45 +246,54 @@ def improve(
     return [layer.placement for layer in layers]
 
 
-def align(problem: Problem, held: Held, placements: list[Placement]) -> list[Placement]:
+def align(problem: Problem, held: Held, layers: list[Shares]) -> list[Shares]:
     """Return placements as fast that move less: GPUs of a host change their experts.
 
     On each host the sets of experts go to the GPUs that hold most of them (an assignment problem),
     unless that makes the layer slower.
+
+    Args:
+        problem: of the ranks that are left.
+        held: the copies they hold.
+        layers: shares of every layer, [experts, ranks].
     """
     builder = RowBuilder(problem)
     hosts = [gpu.host for gpu in problem.gpus]
     members = [np.flatnonzero([other == host for other in hosts]) for host in dict.fromkeys(hosts)]
     aligned = []
-    for number, placement in enumerate(placements):
-        layer = _Layer(builder, problem, number, held[number])
-        layer.take(Step(placement=placement, seconds=layer.price(placement), loads=0))
+    for number, shares in enumerate(layers):
+        rows = builder.layer(number)
+        seconds = rows.seconds_of_shares(shares)
         for gpus in members:
-            there = [np.flatnonzero(layer.placement == gpu) for gpu in gpus]
-            kept = np.array([[layer.held[own, gpu].sum() for gpu in gpus] for own in there])
-            changed = layer.placement.copy()
-            for own, gpu in zip(*linear_sum_assignment(kept, maximize=True), strict=True):
-                changed[there[own]] = gpus[gpu]
-            seconds = layer.price(changed)
-            if seconds <= layer.seconds:
-                layer.take(Step(placement=changed, seconds=seconds, loads=0))
-        aligned.append(layer.placement)
+            there, here = shares[:, gpus] > 0, held[number][:, gpus]
+            kept = there.T.astype(int) @ here.astype(int)  # [sets of experts, GPUs]
+            own, gpu = linear_sum_assignment(kept, maximize=True)
+            changed = shares.copy()
+            changed[:, gpus[gpu]] = shares[:, gpus[own]]
+            if (found := rows.seconds_of_shares(changed)) <= seconds:
+                shares, seconds = changed, found
+        aligned.append(shares)
     return aligned
 
 
-def _best_step(layer: _Layer, budget: int) -> Step | None:
+def ranks_that_count(problem: Problem, number: int, shares: Shares) -> set[int]:
+    """Return the ranks whose experts set a phase's time in the worst window."""
+    worst = evaluate_layer(problem, number, shares).worst
+    return {phase.rank for phase in worst.phases}
+
+
+def _best_step(layer: LayerRepair, budget: int) -> Step | None:
     """Return the step that gains most per byte, among experts of the ranks that set the time."""
     shares = one_copy(layer.placement, layer.problem.num_ranks)
-    worst = evaluate_layer(layer.problem, layer.number, shares).worst
-    ranks = {phase.rank for phase in worst.phases}
+    ranks = ranks_that_count(layer.problem, layer.number, shares)
     experts = [e for e, rank in enumerate(layer.placement.tolist()) if rank in ranks]
     everyone = list(range(len(layer.placement)))
     return layer.best_step(experts, everyone, budget)
 
 
-def _load_lost(layer: _Layer) -> None:
+def load_lost(layer: LayerRepair, experts: npt.NDArray[np.intp]) -> None:
     """Place the experts that nobody holds, then move and swap these alone while it helps."""
-    lost = layer.heaviest_first(np.flatnonzero(~layer.held.any(axis=1)))
+    lost = layer.heaviest_first(experts)
     for expert in lost:
         layer.settle(expert, layer.free())
     layer.seconds = layer.price(layer.placement)
@@ -260,25 +307,14 @@ def _load_lost(layer: _Layer) -> None:
                 better = True
 
 
-def _make_room(problem: Problem, layers: list[_Layer]) -> bool:
-    """Deal the memory that is left to the layers' lost experts; False where it does not suffice.
-
-    A maximum flow: from layers with lost experts over (layer, rank) slots to ranks' memory.
-    """
-    num_layers, ranks = len(layers), problem.num_ranks
+def _make_room(problem: Problem, layers: list[LayerRepair]) -> bool:
+    """Deal the room that is left to the layers' lost experts; False where it does not suffice."""
+    ranks = problem.num_ranks
     used = np.array([np.bincount(x.placement[x.placement >= 0], minlength=ranks) for x in layers])
-    if (used > problem.experts_per_gpu).any():
-        return False
-    if not problem.layers_coupled:
-        return True
     lost = np.array([(layer.placement < 0).sum() for layer in layers])
-    source, sink = num_layers + ranks, num_layers + ranks + 1
-    flow = np.zeros((sink + 1, sink + 1), dtype=np.int32)
-    flow[source, :num_layers] = lost
-    flow[:num_layers, num_layers:source] = np.maximum(problem.experts_per_gpu - used, 0)
-    flow[num_layers:source, sink] = np.maximum(problem.slots_of_gpu - used.sum(axis=0), 0)
-    found = maximum_flow(csr_array(flow), source, sink)
-    dealt = found.flow.toarray()[:num_layers, num_layers:source]
-    for layer, before, more in zip(layers, used, dealt, strict=True):
-        layer.room = before + more
-    return bool(found.flow_value == lost.sum() and (used.sum(axis=0) <= problem.slots_of_gpu).all())
+    room = deal_room(problem, used, lost)
+    if room is None:
+        return False
+    for layer, of_layer in zip(layers, room, strict=True):
+        layer.room = of_layer
+    return True

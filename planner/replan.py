@@ -5,28 +5,29 @@ is the old one without the rows of the lost ranks. The certificate is for the su
 its bound holds for every placement on them, whatever it moves.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from epplan.errors import InfeasibleError, InputError
-from epplan.topologies.graph import Cluster, Gpu
+from epplan.errors import InfeasibleError
+from epplan.topologies.graph import Cluster
 
 from .assemble import assemble_plan
-from .cost import Placement, evaluate_layer, one_copy
+from .cost import Placement, Shares, evaluate_layer, one_copy
 from .levels import OPTIMAL_GAP
 from .objective import Objective
 from .plan import Plan, Status
-from .problem import Problem, make_problem
-from .repair import Held, align, improve, least_moved
+from .problem import Problem, Replication, even_capacity, make_problem
+from .recopy import least_moved_copies, more_copies
+from .repair import align, improve, least_moved
+from .room import Held
 from .solve import Progress, Solution, solve_placement
-from .traffic import Traffic, make_traffic, with_sets
+from .survivors import surviving_gpus
+from .traffic import Traffic
 from .transfers import Transfer
 
 LEAST = "least moved"
-_SURVIVORS = re.compile(r"(?P<source>.*)@(?P<ranks>[\d,-]+)/(?P<total>\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class Option:
     """One way to go on: what it moves and how fast it is."""
 
     name: str
-    placements: tuple[Placement, ...]
+    layers: tuple[Shares, ...]
     loads: int  # experts that are loaded
     seconds: float
 
@@ -52,101 +53,11 @@ class Replanned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How the solver proves the bound."""
+    """How the solver proves the bound; looking for steps within a budget takes as long at most."""
 
     gap: float
     time_limit_s: float
     progress: Progress
-
-
-def surviving_ranks(plan: Plan, lost_hosts: Sequence[str], cluster: Cluster) -> list[int]:
-    """Return the ranks on the plan's other hosts, in the cluster's order of their GPUs.
-
-    Raises:
-        InputError: hosts the plan does not have, no rank is left, or the cluster lacks some.
-    """
-    hosts = list(dict.fromkeys(rank.host for rank in plan.ranks))
-    unknown = [host for host in dict.fromkeys(lost_hosts) if host not in hosts]
-    if unknown:
-        raise InputError(
-            f"the plan has no host {', '.join(unknown)}",
-            hints=[f"its hosts are {', '.join(hosts)}"],
-        )
-    left = [rank for rank in plan.ranks if rank.host not in lost_hosts]
-    if not left:
-        raise InputError(f"no rank is left without {', '.join(lost_hosts)}: these are all hosts")
-    number = {(gpu.host, gpu.index): number for number, gpu in enumerate(cluster.gpus())}
-    places = {rank.rank: (rank.host, rank.gpu_index) for rank in left}
-    missing = [
-        f"{host}/gpu{index}" for host, index in places.values() if (host, index) not in number
-    ]
-    if missing:
-        raise InputError(
-            f"{cluster.name} has no {', '.join(missing[:5])}, which ranks of the plan run on",
-            hints=["give the topology the plan was made for with --topology SOURCE"],
-        )
-    return sorted(places, key=lambda rank: number[places[rank]])
-
-
-def surviving_gpus(plan: Plan, survivors: Sequence[int], cluster: Cluster) -> tuple[Gpu, ...]:
-    """Return the GPUs of the surviving ranks."""
-    known = {(gpu.host, gpu.index): gpu for gpu in cluster.gpus()}
-    return tuple(known[plan.ranks[rank].host, plan.ranks[rank].gpu_index] for rank in survivors)
-
-
-def surviving_traffic(
-    plan: Plan, survivors: Sequence[int], load: str | None, tokens: int | None
-) -> Traffic:
-    """Return the survivors' part of the plan's traffic, or other traffic.
-
-    Args:
-        plan: names its traffic.
-        survivors: its ranks that are left.
-        load: a rule or counts file for the survivors; None: what the plan was made for.
-        tokens: a rank and step; None: as in the plan.
-
-    Raises:
-        InputError: the plan's traffic cannot be read or has changed.
-    """
-    if load is not None:
-        traffic = make_traffic(load, plan.model, len(survivors), tokens, plan.inputs.seed)
-        return _with_sets(traffic, plan)
-    source, before, total = _traffic_source(plan)
-    remedy = ["give traffic with --load (a rule, or counts of the surviving ranks)"]
-    try:
-        traffic = make_traffic(source, plan.model, total, None, plan.inputs.seed)
-        wanted = tokens or plan.workload.tokens_per_rank
-        if traffic.tokens_per_rank != wanted:
-            traffic = make_traffic(source, plan.model, total, wanted, plan.inputs.seed)
-    except InputError as error:
-        raise InputError(
-            f"the traffic the plan was made for ({source}) cannot be read: {error.message}",
-            problems=error.problems,
-            hints=remedy,
-        ) from None
-    if traffic.sha256 != plan.inputs.traffic.sha256:
-        raise InputError(
-            f"{source} was changed since the plan was made from it: its sha256 was "
-            f"{plan.inputs.traffic.sha256[:12]}, it is {traffic.sha256[:12]}",
-            hints=remedy,
-        )
-    kept = [before[rank] for rank in survivors]
-    traffic = _with_sets(traffic, plan)
-    return replace(
-        traffic.from_ranks(kept),
-        source=f"{source}@{_ranges(kept)}/{total}",
-        assumptions=(
-            *traffic.assumptions,
-            "every surviving rank keeps its own tokens; nobody takes over those of lost ranks",
-        ),
-    )
-
-
-def _with_sets(traffic: Traffic, plan: Plan) -> Traffic:
-    """Return the traffic with token sets if the plan's transfers may need them."""
-    if plan.workload.transfer == "per-choice":
-        return traffic
-    return with_sets(traffic, plan.model, plan.inputs.seed)
 
 
 def replan(
@@ -190,7 +101,10 @@ def replan(
         objective,
         transfer=plan.workload.transfer,
     )
-    held = _held(plan, survivors)
+    if problem.sets is None:  # with token sets no replicas are planned
+        problem = _with_replicas(problem, plan)
+    before = _shares(plan, survivors)
+    held = np.array([shares > 0 for shares in before])
     solution = solve_placement(
         problem,
         gap=effort.gap,
@@ -198,9 +112,9 @@ def replan(
         seed=plan.inputs.seed,
         progress=effort.progress,
     )
-    options = _options(problem, held, solution, extra_loads)
+    options = _options(problem, held, before, solution, extra_loads, effort.time_limit_s)
     chosen = options[0] if len(options) == 1 else _choose(options, extra_loads)
-    transfers = _transfers(plan, held, chosen.placements)
+    transfers = _transfers(plan, held, chosen.layers)
     lost = sorted({rank.host for rank in plan.ranks} - {gpu.host for gpu in gpus})
     return Replanned(
         plan=assemble_plan(
@@ -212,36 +126,13 @@ def replan(
             model_source=plan.inputs.model.source,
             seed=plan.inputs.seed,
             command=command,
-            reasons=_reasons(plan, lost, transfers, options, chosen),
+            reasons=_reasons(plan, lost, transfers, options, chosen, problem),
         ),
         transfers=transfers,
         options=options,
         chosen=chosen,
         limit_reached=solution.status == "limit",
     )
-
-
-def _traffic_source(plan: Plan) -> tuple[str, list[int], int]:
-    """Return the plan's traffic source, and which of how many source ranks its ranks are."""
-    match = _SURVIVORS.fullmatch(plan.inputs.traffic.source)
-    if match is None:
-        return plan.inputs.traffic.source, list(range(plan.world_size)), plan.world_size
-    ranks: list[int] = []
-    for part in match["ranks"].split(","):
-        first, _, last = part.partition("-")
-        ranks += range(int(first), int(last or first) + 1)
-    return match["source"], ranks, int(match["total"])
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """Return numbers as `0-3,8-15`, in their order."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _check_slots(plan: Plan, survivors: Sequence[int], experts_per_gpu: int) -> None:
@@ -261,42 +152,100 @@ def _check_slots(plan: Plan, survivors: Sequence[int], experts_per_gpu: int) -> 
     )
 
 
-def _held(plan: Plan, survivors: Sequence[int]) -> Held:
-    """Return the copies that are left, [layers, experts, new ranks]."""
-    held = np.zeros((len(plan.expert_of_slot), plan.model.num_experts, len(survivors)), dtype=bool)
-    for layer, of_layer in enumerate(held):
-        for new, old in enumerate(survivors):
-            of_layer[plan.experts_of_rank(layer, old), new] = True
-    return held
+def _shares(plan: Plan, survivors: Sequence[int]) -> list[Shares]:
+    """Return the shares of the copies that are left, [experts, new ranks] by layer."""
+    layers = []
+    for number, experts in enumerate(plan.expert_of_slot):
+        shares = np.zeros((plan.model.num_experts, plan.world_size))
+        for slot, (expert, share) in enumerate(zip(experts, plan.shares(number), strict=True)):
+            if expert is not None:
+                shares[expert, slot // plan.slots_per_rank] = share
+        layers.append(shares[:, list(survivors)])
+    return layers
+
+
+def _num_copies(plan: Plan) -> list[int]:
+    """Return the copies of every layer."""
+    return [sum(expert is not None for expert in slots) for slots in plan.expert_of_slot]
+
+
+def _with_replicas(problem: Problem, plan: Plan) -> Problem:
+    """Return the problem with as many replicas as the plan has, or as many as there is room for."""
+    experts, ranks = problem.model.num_experts, problem.num_ranks
+    places = ranks * min(problem.experts_per_gpu, experts)
+    most = min(max(_num_copies(plan)) - experts, places - experts)
+    equal = all(
+        np.allclose(of_expert[of_expert > 0], 1 / np.count_nonzero(of_expert))
+        for shares in _shares(plan, range(plan.world_size))
+        for of_expert in shares
+    )
+    low, high = 0, most  # memory of all layers has room for `low`
+    while low < high:
+        middle = (low + high + 1) // 2
+        rule = Replication(extra=middle, equal_shares=equal)
+        if _fits(replace(problem, replication=rule)):
+            low = middle
+        else:
+            high = middle - 1
+    return replace(problem, replication=Replication(extra=low, equal_shares=equal and low > 0))
+
+
+def _fits(problem: Problem) -> bool:
+    try:
+        even_capacity(problem)
+    except InfeasibleError:
+        return False
+    return True
 
 
 def _options(
-    problem: Problem, held: Held, solution: Solution, extra_loads: int | None
+    problem: Problem,
+    held: Held,
+    before: list[Shares],
+    solution: Solution,
+    extra_loads: int | None,
+    time_limit_s: float,
 ) -> tuple[Option, ...]:
     """Return the choices by bytes moved: the least, within the budget, and the fastest found."""
-    fastest = [layer.shares.argmax(axis=1) for layer in solution.layers]
-    named = [("fastest found", align(problem, held, improve(problem, held, fastest, 0)))]
-    least = least_moved(problem, held)
-    if least is not None:
-        if extra_loads:
-            named.insert(0, ("within the budget", improve(problem, held, least, extra_loads)))
-        named.insert(0, (LEAST, least))
-    return tuple(_option(problem, held, name, placements) for name, placements in named)
-
-
-def _option(problem: Problem, held: Held, name: str, placements: Sequence[Placement]) -> Option:
-    seconds = [
-        evaluate_layer(problem, layer, one_copy(placement, problem.num_ranks)).seconds
-        for layer, placement in enumerate(placements)
+    if problem.replication.extra:
+        fastest = [layer.shares for layer in solution.layers]
+        least = least_moved_copies(problem, held, before)
+        budget = problem.model.num_moe_layers * problem.copies_per_layer
+        budget = budget if extra_loads is None else extra_loads
+        more = more_copies(problem, held, least, budget, time_limit_s) if least and budget else None
+    else:
+        single = [layer.shares.argmax(axis=1) for layer in solution.layers]
+        fastest = _one_copy_each(problem, improve(problem, held, single, 0))
+        kept = least_moved(problem, held)
+        least = _one_copy_each(problem, kept) if kept else None
+        more = (
+            _one_copy_each(problem, improve(problem, held, kept, extra_loads))
+            if kept and extra_loads
+            else None
+        )
+    named = [
+        (LEAST, least),
+        ("within the budget", more),
+        ("fastest found", align(problem, held, fastest)),
     ]
+    return tuple(_option(problem, held, name, layers) for name, layers in named if layers)
+
+
+def _one_copy_each(problem: Problem, placements: Sequence[Placement]) -> list[Shares]:
+    return [one_copy(placement, problem.num_ranks) for placement in placements]
+
+
+def _option(problem: Problem, held: Held, name: str, layers: Sequence[Shares]) -> Option:
     return Option(
         name=name,
-        placements=tuple(placements),
+        layers=tuple(layers),
         loads=sum(
-            int((~copies[np.arange(len(placement)), placement]).sum())
-            for copies, placement in zip(held, placements, strict=True)
+            int(np.count_nonzero((shares > 0) & ~copies))
+            for copies, shares in zip(held, layers, strict=True)
         ),
-        seconds=sum(seconds),
+        seconds=sum(
+            evaluate_layer(problem, layer, shares).seconds for layer, shares in enumerate(layers)
+        ),
     )
 
 
@@ -311,10 +260,7 @@ def _choose(options: Sequence[Option], extra_loads: int | None) -> Option:
 def _certified(problem: Problem, solution: Solution, chosen: Option, gap: float) -> Solution:
     """Return the chosen placement with the bound of the solver."""
     layers = []
-    for number, (layer, placement) in enumerate(
-        zip(solution.layers, chosen.placements, strict=True)
-    ):
-        shares = one_copy(placement, problem.num_ranks)
+    for number, (layer, shares) in enumerate(zip(solution.layers, chosen.layers, strict=True)):
         evaluation = evaluate_layer(problem, number, shares)
         layers.append(
             replace(
@@ -332,21 +278,29 @@ def _certified(problem: Problem, solution: Solution, chosen: Option, gap: float)
     return replace(solution, layers=tuple(layers), bound_s=bound, status=status)
 
 
-def _transfers(plan: Plan, held: Held, placements: Sequence[Placement]) -> tuple[Transfer, ...]:
+def _transfers(plan: Plan, held: Held, layers: Sequence[Shares]) -> tuple[Transfer, ...]:
     transfers = []
-    for number, (copies, placement) in enumerate(zip(held, placements, strict=True)):
-        for expert, rank in enumerate(placement.tolist()):
-            if not copies[expert, rank]:
-                holders = np.flatnonzero(copies[expert])
-                transfers.append(
-                    Transfer(
-                        layer=plan.model.moe_layers[number],
-                        expert=expert,
-                        rank=rank,
-                        source=int(holders[0]) if holders.size else None,
-                    )
+    for number, (copies, shares) in enumerate(zip(held, layers, strict=True)):
+        for expert, rank in np.argwhere((shares > 0) & ~copies).tolist():
+            holders = np.flatnonzero(copies[expert])
+            transfers.append(
+                Transfer(
+                    layer=plan.model.moe_layers[number],
+                    expert=expert,
+                    rank=rank,
+                    source=int(holders[0]) if holders.size else None,
                 )
+            )
     return tuple(transfers)
+
+
+def _on_one_host(layers: Sequence[Shares], hosts: Sequence[str]) -> int:
+    """Return how many experts, of all layers, have their copies on one host."""
+    names = sorted(set(hosts))
+    on_host = np.array([[host == name for name in names] for host in hosts], dtype=int)
+    return sum(
+        int((np.count_nonzero((shares > 0) @ on_host, axis=1) == 1).sum()) for shares in layers
+    )
 
 
 def _reasons(
@@ -355,14 +309,30 @@ def _reasons(
     transfers: Sequence[Transfer],
     options: Sequence[Option],
     chosen: Option,
+    problem: Problem,
 ) -> list[str]:
     stored = sum(transfer.source is None for transfer in transfers)
-    copies = plan.model.num_moe_layers * plan.model.num_experts
+    copies = sum(int(np.count_nonzero(shares)) for shares in chosen.layers)
+    planned = sum(_num_copies(plan))
+    has_replicas = planned > plan.model.num_moe_layers * plan.model.num_experts
+    what = "copies of experts" if has_replicas else "experts"
     reasons = [
         f"replanned from {plan.sha256()[:12]} without {', '.join(lost)}",
-        f"{chosen.name}: of {copies} experts {copies - len(transfers)} stay, {stored} come from "
+        f"{chosen.name}: of {copies} {what} {copies - len(transfers)} stay, {stored} come from "
         f"the checkpoint, {len(transfers) - stored} from other ranks",
     ]
+    if copies < planned:
+        reasons.append(
+            f"{planned - copies} of {planned} copies are not made again: to have more costs bytes "
+            "(--extra) or room (--experts-per-gpu)"
+        )
+    hosts_before = [rank.host for rank in plan.ranks]
+    fragile = _on_one_host(chosen.layers, [gpu.host for gpu in problem.gpus])
+    if fragile and not _on_one_host(_shares(plan, range(plan.world_size)), hosts_before):
+        reasons.append(
+            f"{fragile} experts have copies on one host only now: before, none was lost with any "
+            "one host"
+        )
     best = min(options, key=lambda option: option.seconds)
     if best.seconds < chosen.seconds:
         reasons.append(
@@ -380,6 +350,4 @@ def _reasons(
         )
     if plan.workload.keep_groups:
         reasons.append("routing groups are not kept whole: lost experts go where they cost least")
-    if plan.share_of_slot is not None:
-        reasons.append("one copy of every expert is kept: replicas are not planned again")
     return reasons

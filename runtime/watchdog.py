@@ -30,6 +30,7 @@ _MAX_INTERVAL_S = 1.0  # between two signs of life
 _INTERVALS = 10  # of them at least in the timeout
 _LOOK_INTERVALS = 2.5  # between two looks at the others: each gives two signs meanwhile
 _RESTART = "TORCHELASTIC_RESTART_COUNT"
+_SILENT = "does not respond: it was killed or stopped, or its host or the network to it is gone"
 _FAILED, _GAVE_UP = "failed: ", "gave up: "
 _GLOO_SOURCE = re.compile(r"^\[\S*/gloo/\S*\] |\. This is typically caused by .*")
 _CPU_ALLOCATOR = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
@@ -175,7 +176,7 @@ class Watchdog:
         look.start()
         look.join(6 * self._interval_s)
         if look.is_alive():
-            return ["rank 0 does not respond: it was killed or stopped, or its host is gone"]
+            return [f"rank 0 {_SILENT}"]
         return found
 
     def _look_around(self) -> list[str]:
@@ -216,8 +217,7 @@ def blame(before: dict[int, Sign], after: dict[int, Sign], own: int, world_size:
     # Rank 0 has started, or there were no store to ask; it may still wait for others to join.
     missing = [f"rank {rank} never started" for rank in others if rank and rank not in after]
     silent = [
-        f"rank {rank} does not respond: it was killed or stopped, or its host is gone; last at "
-        f"{after[rank].place}"
+        f"rank {rank} {_SILENT}; last at {after[rank].place}"
         for rank in others
         if rank in before
         and rank in after

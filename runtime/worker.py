@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from epplan.errors import EpplanError, InputError
 from epplan.files import write_atomically
+from epplan.launcher.restart import final_error, note_final_error
 from epplan.launcher.worker_options import worker_options
 from epplan.planner.plan import Plan, read_plan
 
@@ -59,6 +60,7 @@ def command(
         _run(plan, Options(**options), result, identity is not False, host_map)
     except EpplanError as error:
         click.echo(f"error: {error}", err=True)
+        note_final_error(error.exit_code)
         raise SystemExit(error.exit_code) from None
 
 
@@ -70,6 +72,7 @@ def _run(
     host_map: Path | None,
 ) -> None:
     environment = read_environment(os.environ)
+    _check_restart()
     plan = read_plan(path)
     if plan.world_size != environment.world_size:
         raise InputError(
@@ -92,6 +95,13 @@ def _run(
         result = run_rank(plan, options, setting, environment.rank, watchdog)
     if result is not None:
         _report(result, plan, result_path)
+
+
+def _check_restart() -> None:
+    """End at once where torchrun starts this rank again after an error that would come again."""
+    if (code := final_error()) is not None:
+        click.echo("not started again: the error of before would come again", err=True)
+        raise SystemExit(code)
 
 
 def _check_agreement(plan: Plan, options: Options) -> None:
@@ -121,6 +131,7 @@ def _report(result: Result, plan: Plan, path: Path | None) -> None:
     for line in summary_lines(result, plan):
         click.echo(line)
     if result.verified is False:
+        note_final_error(EpplanError.exit_code, is_final=True)
         raise EpplanError(
             "the distributed run differs from the dense model", problems=result.problems[:5]
         )

@@ -21,9 +21,11 @@ from epplan.launcher.doctor_gpus import (
     check_memory,
     check_peers,
     check_slowdowns,
+    gpu_lines,
 )
 from epplan.planner.plan import write_plan
 from epplan.topologies.check_report import Line
+from epplan.topologies.sources import load_cluster
 from tests.launch_modules.plans import make_plan, uneven_plan
 
 VERSIONS = {name: "1.0" for name in machine.PACKAGES} | {"highspy": "1.16.0", "torch": "2.13.0"}
@@ -178,6 +180,20 @@ def test_memory_the_plan_needs_on_the_gpus_it_names() -> None:
     [line] = check_memory(replace(GPUS, gpus=full), plan)
     assert (line.level, line.message) == ("fail", "rank 1 needs 75.0 GiB, 60.0 are free")
     assert levels(check_memory(GPUS, None)) == []
+
+
+def test_on_hosts_with_gpus_their_nics_and_links_are_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = load_cluster("hgx-h100-4nic-4")  # two GPUs a NIC
+    monkeypatch.setattr("epplan.topologies.sources.load_cluster", lambda source: cluster)
+    monkeypatch.setattr("epplan.launcher.doctor_gpus.ask_torch", lambda: GPUS)
+    monkeypatch.setattr("epplan.launcher.doctor_gpus.ask_driver", lambda: DRIVER)
+    lines = list(gpu_lines(None))
+    assert {"GPUs", "NCCL", "peer access", "GPU clocks", "near NIC", "NVLinks"} <= {
+        line.check for line in lines
+    }
+    assert "warn" in [line.level for line in lines if line.check == "shared NICs"]
 
 
 def test_torch_is_asked_in_a_process_that_may_break(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,33 @@ from pathlib import Path
 import pytest
 
 from epplan.errors import EpplanError, RankFailedError
+from epplan.launcher.targets.local import LocalRun
 from tests.launch_modules.running import Launch
 
-MakeLaunch = Callable[[str, int], Launch]
+
+class Ranks(Launch):
+    """A launch that this process runs."""
+
+    monkeypatch: pytest.MonkeyPatch
+
+    def go(self, *, grace_s: float = 5.0) -> LocalRun:
+        """Run the ranks."""
+        return self.run(self.monkeypatch, grace_s=grace_s)
+
+    def fails(
+        self,
+        match: str | None = None,
+        *,
+        kind: type[EpplanError] = RankFailedError,
+        grace_s: float = 5.0,
+    ) -> EpplanError:
+        """Run the ranks, and return the error that must come."""
+        with pytest.raises(kind, match=match) as caught:
+            self.go(grace_s=grace_s)
+        return caught.value
+
+
+MakeLaunch = Callable[[str, int], Ranks]
 
 
 def open_descriptors() -> set[Path]:
@@ -20,13 +44,14 @@ def open_descriptors() -> set[Path]:
 
 
 @pytest.fixture
-def make_launch(tmp_path: Path) -> Iterator[MakeLaunch]:
+def make_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLaunch]:
     """Launches of a test; afterwards no process, descriptor or temporary file is left."""
     descriptors = open_descriptors()
-    launches: list[Launch] = []
+    launches: list[Ranks] = []
 
-    def make(source: str, num_ranks: int) -> Launch:
-        launches.append(Launch(tmp_path, source, num_ranks))
+    def make(source: str, num_ranks: int) -> Ranks:
+        launches.append(Ranks(tmp_path, source, num_ranks))
+        launches[-1].monkeypatch = monkeypatch
         return launches[-1]
 
     yield make
@@ -53,7 +78,7 @@ def main(args):
 """,
         3,
     )
-    assert launch.run(monkeypatch).result == {"ok": True}
+    assert launch.go().result == {"ok": True}
     assert sorted(launch.lines) == [
         f"[rank {rank}] {rank} {rank} 3 3 0 127.0.0.1 None {launch.plan} ".encode()
         for rank in range(3)
@@ -63,9 +88,7 @@ def main(args):
     assert len(ports) == 1
 
 
-def test_lines_of_each_rank_stay_in_order(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_of_each_rank_stay_in_order(make_launch: MakeLaunch) -> None:
     launch = make_launch(
         """
 def main(args):
@@ -76,16 +99,14 @@ def main(args):
 """,
         12,
     )
-    launch.run(monkeypatch)
+    launch.go()
     for rank in range(12):
         prefix = f"[rank {rank:>2}] ".encode()
         own = [line.removeprefix(prefix) for line in launch.lines if line.startswith(prefix)]
         assert own == [b"%d" % number for number in range(500)] + [b"\xff" * 200_000, b"no end"]
 
 
-def test_lines_come_while_the_rank_runs(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_come_while_the_rank_runs(make_launch: MakeLaunch) -> None:
     launch = make_launch(
         """
 def main(args):
@@ -101,13 +122,11 @@ def main(args):
     launch.emit = fail
     started = time.monotonic()
     with pytest.raises(BrokenPipeError, match="now"):  # which ends the ranks, too
-        launch.run(monkeypatch)
+        launch.go()
     assert time.monotonic() - started < 3
 
 
-def test_the_worker_is_imported_once_for_sixteen_ranks(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_worker_is_imported_once_for_sixteen_ranks(make_launch: MakeLaunch) -> None:
     launch = make_launch(
         """
 import torch
@@ -123,15 +142,13 @@ def main(args):
         16,
     )
     started = time.monotonic()
-    assert launch.run(monkeypatch).result == {"sum": 3.0}
+    assert launch.go().result == {"sum": 3.0}
     assert time.monotonic() - started < 15
     assert len(launch.pids()) == 17
     assert launch.lines == []
 
 
-def test_first_failure_stops_the_others_and_shows_its_traceback(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_failure_stops_the_others_and_shows_its_traceback(make_launch: MakeLaunch) -> None:
     launch = make_launch(
         """
 def main(args):
@@ -144,11 +161,10 @@ def main(args):
         4,
     )
     started = time.monotonic()
-    with pytest.raises(RankFailedError) as caught:
-        launch.run(monkeypatch)
+    error = launch.fails()
     assert time.monotonic() - started < 3
-    assert caught.value.exit_code == 1
-    message = re.sub(r"line \d+", "line N", str(caught.value))
+    assert error.exit_code == 1
+    message = re.sub(r"line \d+", "line N", str(error))
     assert message == (
         "rank 2 (host a, GPU 2) exited with code 1; the last it wrote on stderr:\n"
         "    Traceback (most recent call last):\n"
@@ -177,31 +193,21 @@ def main(args):
     ],
 )
 def test_exit_code_is_the_ranks_own(
-    make_launch: MakeLaunch,
-    monkeypatch: pytest.MonkeyPatch,
-    statement: str,
-    exit_code: int,
-    message: str,
+    make_launch: MakeLaunch, statement: str, exit_code: int, message: str
 ) -> None:
     launch = make_launch(f"def main(args):\n    {statement}\n", 1)
-    with pytest.raises(RankFailedError) as caught:
-        launch.run(monkeypatch)
-    assert caught.value.exit_code == exit_code
-    assert str(caught.value) == f"rank 0 (host a, GPU 0) {message}"
+    error = launch.fails()
+    assert error.exit_code == exit_code
+    assert str(error) == f"rank 0 (host a, GPU 0) {message}"
 
 
-def test_a_segmentation_fault_has_a_traceback_too(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_segmentation_fault_has_a_traceback_too(make_launch: MakeLaunch) -> None:
     launch = make_launch("def main(args):\n    os.kill(os.getpid(), signal.SIGSEGV)\n", 1)
-    with pytest.raises(RankFailedError, match=r"killed by SIGSEGV(.|\n)*in main") as caught:
-        launch.run(monkeypatch)
-    assert caught.value.exit_code == 139
+    error = launch.fails(r"killed by SIGSEGV(.|\n)*in main")
+    assert error.exit_code == 139
 
 
-def test_the_cause_is_reported_not_its_consequences(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cause_is_reported_not_its_consequences(make_launch: MakeLaunch) -> None:
     """All ranks fail at once; the one that was killed is why."""
     launch = make_launch(
         """
@@ -217,13 +223,10 @@ def main(args):
 """,
         8,
     )
-    with pytest.raises(RankFailedError, match=r"rank 5 .* was killed by SIGKILL"):
-        launch.run(monkeypatch)
+    launch.fails(r"rank 5 .* was killed by SIGKILL")
 
 
-def test_a_rank_that_gave_up_waiting_is_not_the_cause(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_gave_up_waiting_is_not_the_cause(make_launch: MakeLaunch) -> None:
     """The followers fail first; the rank that was why says so a moment later."""
     launch = make_launch(
         """
@@ -237,11 +240,8 @@ def main(args):
 """,
         4,
     )
-    with pytest.raises(
-        RankFailedError, match=r"^rank 2 .* code 1; (.|\n)* out of memory$"
-    ) as caught:
-        launch.run(monkeypatch)
-    assert caught.value.exit_code == 1
+    error = launch.fails(r"^rank 2 .* code 1; (.|\n)* out of memory$")
+    assert error.exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def main(args):
     ],
 )
 def test_a_rank_that_hangs_is_the_cause(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch, statement: str, words: str
+    make_launch: MakeLaunch, statement: str, words: str
 ) -> None:
     launch = make_launch(
         f"""
@@ -269,19 +269,16 @@ def main(args):
         3,
     )
     started = time.monotonic()
-    with pytest.raises(RankFailedError) as caught:
-        launch.run(monkeypatch, grace_s=0.5)
+    error = launch.fails(grace_s=0.5)
     assert time.monotonic() - started < 5
-    assert str(caught.value) == (
+    assert str(error) == (
         f"rank 1 (host a, GPU 1) {words}: the others waited for it in vain; it wrote nothing on "
         "stderr"
     )
-    assert caught.value.exit_code == 7
+    assert error.exit_code == 7
 
 
-def test_when_all_gave_up_the_first_one_is_named(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_when_all_gave_up_the_first_one_is_named(make_launch: MakeLaunch) -> None:
     launch = make_launch(
         """
 def main(args):
@@ -290,14 +287,11 @@ def main(args):
 """,
         3,
     )
-    with pytest.raises(RankFailedError, match=r"^rank 1 .* exited with code 7") as caught:
-        launch.run(monkeypatch)
-    assert caught.value.exit_code == 7
+    error = launch.fails(r"^rank 1 .* exited with code 7")
+    assert error.exit_code == 7
 
 
-def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(make_launch: MakeLaunch) -> None:
     launch = make_launch(
         """
 def main(args):
@@ -311,14 +305,11 @@ def main(args):
         2,
     )
     started = time.monotonic()
-    with pytest.raises(RankFailedError, match="rank 0 "):
-        launch.run(monkeypatch, grace_s=0.5)
+    launch.fails("rank 0 ", grace_s=0.5)
     assert 0.5 < time.monotonic() - started < 3
 
 
-def test_a_rank_may_use_the_grace_to_end_well(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_may_use_the_grace_to_end_well(make_launch: MakeLaunch) -> None:
     launch = make_launch(
         """
 def last_words(*_):
@@ -335,15 +326,12 @@ def main(args):
 """,
         2,
     )
-    with pytest.raises(RankFailedError, match="rank 0 "):
-        launch.run(monkeypatch)
+    launch.fails("rank 0 ")
     assert launch.lines == [b"[rank 1] saved"]
 
 
 @pytest.mark.parametrize("ending", ["sys.exit(3)", "write_result(args, {})"])
-def test_grandchildren_are_gone_too(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
+def test_grandchildren_are_gone_too(make_launch: MakeLaunch, ending: str) -> None:
     launch = make_launch(
         f"""
 def main(args):
@@ -354,34 +342,27 @@ def main(args):
         2,
     )
     if "exit" in ending:
-        with pytest.raises(RankFailedError):
-            launch.run(monkeypatch)
+        launch.fails()
     else:
-        launch.run(monkeypatch)
+        launch.go()
     assert len(launch.pids()) >= 2
 
 
 def test_a_module_that_cannot_be_imported(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    make_launch: MakeLaunch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     launch = make_launch("import no_such_module\n", 2)
     message = "could not be run: the process that imports rank_program exited with code 1"
-    with pytest.raises(EpplanError, match=message):
-        launch.run(monkeypatch)
+    launch.fails(message, kind=EpplanError)
     assert "No module named 'no_such_module'" in capfd.readouterr().err
 
 
-def test_ranks_that_leave_no_result(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_leave_no_result(make_launch: MakeLaunch) -> None:
     launch = make_launch("def main(args):\n    pass\n", 2)
-    with pytest.raises(EpplanError, match="ended well, but rank_program left no result"):
-        launch.run(monkeypatch)
+    launch.fails("ended well, but rank_program left no result", kind=EpplanError)
 
 
-def test_the_fork_server_killed_from_outside(
-    make_launch: MakeLaunch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fork_server_killed_from_outside(make_launch: MakeLaunch) -> None:
     launch = make_launch(
         """
 def main(args):
@@ -393,7 +374,6 @@ def main(args):
 """,
         3,
     )
-    with pytest.raises(EpplanError, match="was killed by SIGKILL"):
-        launch.run(monkeypatch)
+    launch.fails("was killed by SIGKILL", kind=EpplanError)
     for folder in launch.temporary.iterdir():  # nobody was left to remove it
         folder.rmdir()

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epplan.errors import InputError
-from epplan.launcher.quoting import check_hosts, comment, label, parse_variable, shell
+from epplan.launcher.quoting import check_hosts, label, parse_variable
 from epplan.launcher.submit import write_job
 from epplan.launcher.targets.registry import render
+from epplan.quoting import comment, shell
 from tests.launch_modules.jobs import make_job, make_rendering
 from tests.launch_modules.plans import make_plan, uneven_plan
 

@@ -12,20 +12,15 @@ import numpy as np
 import pytest
 
 from epplan.errors import InfeasibleError, InputError
+from epplan.planner.cost import one_copy
 from epplan.planner.neighbours import Neighbours
 from epplan.planner.objective import Objective
 from epplan.planner.plan import Plan, plan_problems, read_plan
 from epplan.planner.problem import make_problem
 from epplan.planner.repair import align, improve, least_moved
-from epplan.planner.replan import (
-    Effort,
-    Replanned,
-    replan,
-    surviving_gpus,
-    surviving_ranks,
-    surviving_traffic,
-)
+from epplan.planner.replan import Effort, Replanned, replan
 from epplan.planner.rows import RowBuilder
+from epplan.planner.survivors import surviving_gpus, surviving_ranks, surviving_traffic
 from epplan.planner.traffic import Floats, make_traffic
 from epplan.topologies.graph import Cluster
 from epplan.topologies.sources import load_cluster
@@ -165,7 +160,7 @@ def test_aligning_costs_no_time_and_saves_bytes(seed: int) -> None:
     held = np.zeros((1, 9, 6), dtype=bool)
     held[0, np.arange(9), random.permutation(slots)[:9]] = True
     placement = random.permutation(slots)[:9]
-    (aligned,) = align(problem, held, [placement])
+    aligned = align(problem, held, [one_copy(placement, 6)])[0].argmax(axis=1)
     assert price(problem, aligned) <= price(problem, placement) * (1 + 1e-9)
     assert held[0, np.arange(9), aligned].sum() >= held[0, np.arange(9), placement].sum()
     hosts = np.array([gpu.host for gpu in problem.gpus])
@@ -197,7 +192,7 @@ def test_a_surviving_replica_needs_no_transfer() -> None:
     after = places(found.plan)
     assert after[0, 2] == {("h0", 1)}
     assert after[0, 3] == {("h0", 0)}
-    assert any("replicas are not planned again" in reason for reason in found.plan.reasons)
+    assert any("2 of 8 copies are not made again" in reason for reason in found.plan.reasons)
 
 
 def test_lost_experts_find_room_where_memory_couples_layers() -> None:

@@ -259,8 +259,8 @@ def be_rank(rank: int, port: int, message: Path, fault: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
-        ("kill", -9, "does not respond: it was killed or stopped, or its host is gone"),
-        ("stop", None, "does not respond: it was killed or stopped, or its host is gone"),
+        ("kill", -9, "does not respond: it was killed or stopped, or its host or the network"),
+        ("stop", None, "does not respond: it was killed or stopped, or its host or the network"),
         ("error", 1, "failed: no more"),
         ("absent", None, "never started"),
     ],
@@ -292,7 +292,8 @@ def test_blame() -> None:
     alive = {0: sign(6, 9), 1: sign(6, 9), 2: sign(7, 9)}
     assert blame(before, alive, 0, 3) == []
     assert blame(before, alive | {1: sign(4, 9)}, 0, 3) == [
-        "rank 1 does not respond: it was killed or stopped, or its host is gone; last at step 3"
+        "rank 1 does not respond: it was killed or stopped, or its host or the network to it is "
+        "gone; last at step 3"
     ]
     assert blame(before, alive | {2: sign(6, 8, "step 2")}, 0, 3) == [
         "rank 2 is behind: still at step 2"

@@ -136,6 +136,14 @@ def test_wrong_fabrics_are_refused(tmp_path: Path) -> None:
         merge("c", [foreign], None)
 
 
+def test_a_command_line_stays_in_its_comment() -> None:
+    cluster = load_cluster("dgx-h100-2")
+    odd = "epplan topo merge a -o 'x\nname: other\u2028hosts: []\x85y'"
+    text = cluster_text(cluster, odd)
+    assert yaml.safe_load(text)["name"] == cluster.name
+    assert [line for line in text.splitlines() if line.startswith("#")] == text.splitlines()[:1]
+
+
 def test_command(tmp_path: Path) -> None:
     for number in range(2):
         host_file(tmp_path, number)

@@ -9,6 +9,7 @@ import yaml
 
 from epplan.errors import InputError
 from epplan.files import parse_yaml
+from epplan.quoting import comment
 
 from .cluster_file import is_cluster_file
 from .graph import Cluster, Gpu, Host, Link, NetworkSwitch, Nic, Node, Numa, PcieSwitch, Plane
@@ -19,12 +20,12 @@ _LINE = 90  # longer lists get a line an entry
 _NETWORK_KINDS = ("net", "nic")
 
 
-def cluster_text(cluster: Cluster, comment: str, measured: Sequence[dict[str, Any]] = ()) -> str:
+def cluster_text(cluster: Cluster, head: str, measured: Sequence[dict[str, Any]] = ()) -> str:
     """Return the text of a cluster file.
 
     Args:
         cluster: what to write.
-        comment: one line for its head: which command made it.
+        head: one line for its head: which command made it.
         measured: rows of the file's `measured`, which replace efficiencies of the links.
 
     Raises:
@@ -52,7 +53,7 @@ def cluster_text(cluster: Cluster, comment: str, measured: Sequence[dict[str, An
         "warnings": list(cluster.warnings),
     }
     document = {key: value for key, value in document.items() if value != []}
-    return f"# {comment}\n{_dump(document)}"
+    return f"# {comment(head)}\n{_dump(document)}"
 
 
 def _dump(document: dict[str, Any]) -> str:
@@ -60,7 +61,7 @@ def _dump(document: dict[str, Any]) -> str:
 
 
 def measured_text(
-    source: str, cluster: Cluster, comment: str, records: Iterable[MeasuredRecord]
+    source: str, cluster: Cluster, head: str, records: Iterable[MeasuredRecord]
 ) -> str:
     """Return a source as a cluster file with new `measured` rows.
 
@@ -69,7 +70,7 @@ def measured_text(
     Args:
         source: what `cluster` was loaded from.
         cluster: written part by part where `source` is no cluster file.
-        comment: one line for the head of a new file.
+        head: one line for the head of a new file.
         records: the rows.
     """
     rows = _rows(records)
@@ -77,9 +78,9 @@ def measured_text(
     text = bundled.read_text(encoding="utf-8") if bundled.is_file() else _text_of(Path(source))
     document = _document(text)
     if not is_cluster_file(document):
-        return cluster_text(cluster, comment, rows)
+        return cluster_text(cluster, head, rows)
     if "measured" in document:
-        return f"# {comment}\n{_dump({**document, 'measured': rows})}"
+        return f"# {comment(head)}\n{_dump({**document, 'measured': rows})}"
     return f"{text.rstrip()}\n{_dump({'measured': rows})}"
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shlex
 import socket
 import sys
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import epplan
 from epplan.errors import InputError, RankFailedError
 from epplan.launcher.targets.registry import LOCAL, TARGETS
 from epplan.launcher.worker_options import option_arguments, worker_options
@@ -54,7 +52,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="With local: start all ranks again that often when one is killed or crashes.",
+    help="Start all ranks again that often when one is killed or crashes.",
 )
 @worker_options
 @click.pass_context
@@ -97,12 +95,7 @@ def launch(
     from epplan.launcher.quoting import parse_variable
     from epplan.launcher.request import request_from_plan
 
-    if target != LOCAL and max_restarts:
-        raise InputError(
-            f"--max-restarts is for --to local; {target} starts again by its own rules",
-            hints=["keep --progress, and submit the job again"],
-        )
-    progress = options.pop("progress") if target == LOCAL else None
+    progress = options.pop("progress")  # kept where ranks are restarted, also if nobody asked
     if target == LOCAL:  # jobs take a copy of the map along
         options["host_map"] = host_map
     request = request_from_plan(
@@ -128,6 +121,8 @@ def launch(
         python=python,
         name=name,
         image=image,
+        max_restarts=max_restarts,
+        progress=progress,
     )
     _launch_job(request, target, settings, topology, dry_run, show_env, as_json)
 
@@ -187,10 +182,10 @@ def _run_local(
 
 
 def _show_local(request: "LaunchRequest", show_env: bool, as_json: bool) -> None:
-    from epplan.launcher.quoting import shell
     from epplan.launcher.ranks import local_variables
     from epplan.launcher.show_env import environment_json, environment_table
     from epplan.output import print_json, print_tables
+    from epplan.quoting import shell
 
     rows = [("all ranks", x) for x in local_variables(request, len(os.sched_getaffinity(0)))]
     arguments = ["-m", request.module, *request.worker_arguments()]
@@ -216,10 +211,10 @@ def _launch_job(
     from epplan.launcher.submit import become, command_here, job_json, job_text, write_job
     from epplan.launcher.targets.registry import render
     from epplan.output import print_json, print_tables, talk
+    from epplan.quoting import made_by
 
-    made_by = f"epplan {epplan.__version__}: {shlex.join(['epplan', *sys.argv[1:]])}"
     job = build_job(
-        request, target, settings, topology=topology, made_by=made_by, this_python=sys.executable
+        request, target, settings, topology=topology, made_by=made_by(), this_python=sys.executable
     )
     for note in job.notes:
         talk(f"note: {note}")

@@ -1,7 +1,5 @@
 """`epplan rebalance`: the next slot table of a running plan."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +45,13 @@ def rebalance(plan: Path, counts: Path, output: Path, min_gain: float, as_json: 
     from epplan.planner.next_plan import replan
     from epplan.planner.plan import read_plan, write_plan
     from epplan.planner.traffic import make_traffic
+    from epplan.quoting import command_line
 
     if not output.absolute().parent.is_dir():
         raise InputError(f"{output} cannot be written: folder {output.parent} does not exist")
     present = read_plan(plan)
     traffic = make_traffic(str(counts), present.model, present.world_size, None, 0)
-    command = shlex.join(["epplan", *sys.argv[1:]])
-    done = replan(present, traffic, min_gain=min_gain, command=command)
+    done = replan(present, traffic, min_gain=min_gain, command=command_line())
     write_plan(output, done.plan)
     if as_json:
         print_json(_result(done, output))

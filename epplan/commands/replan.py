@@ -1,12 +1,13 @@
 """`epplan replan`: a plan for the hosts that are left, and what has to be loaded for it."""
 
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from .solver_options import solver_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,7 +31,6 @@ LIMIT_WITH_PLAN = 4
     help="A host that is gone; may be given several times.",
 )
 @click.option("--topology", metavar="SOURCE", help="By default what the plan was made for.")
-@click.option("--gpu", "gpu_model", metavar="MODEL", help="GPU model where SOURCE does not tell.")
 @click.option("--load", help="Traffic of the survivors; by default theirs of the plan's traffic.")
 @click.option("--tokens", type=click.IntRange(1), help="Tokens a rank; by default as in the plan.")
 @click.option(
@@ -45,31 +45,7 @@ LIMIT_WITH_PLAN = 4
     metavar="SIZE",
     help="Bytes that may be moved beyond the least, such as 20GiB, to be faster; any: no limit.",
 )
-@click.option(
-    "--overlap", is_flag=True, help="Minimise max(transfers, experts) of a layer, not their sum."
-)
-@click.option(
-    "--worst-windows",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="SHARE",
-    help="Minimise the mean over this share of the traffic's windows, the worst ones.",
-)
-@click.option(
-    "--gap",
-    type=click.FloatRange(0, 1),
-    default=0.01,
-    show_default=True,
-    help="Stop proving the bound at this relative gap.",
-)
-@click.option(
-    "--time-limit",
-    type=click.FloatRange(0, min_open=True),
-    default=120.0,
-    show_default=True,
-    help="Seconds for the solver.",
-)
+@solver_options
 @click.option(
     "-o",
     "--output",
@@ -87,8 +63,9 @@ LIMIT_WITH_PLAN = 4
 def replan(plan: Path, output: Path, transfers: Path | None, as_json: bool, **options: Any) -> int:
     """Make a plan for the ranks of PLAN that are left when hosts are gone.
 
-    Survivors keep their experts; those of the lost ranks are loaded where they cost least. That
-    moves as few bytes as can be; --extra trades more of them for speed. Ranks are numbered anew.
+    Survivors keep their experts; those of which no copy is left are loaded where they cost least.
+    That moves as few bytes as can be; --extra trades more of them for speed, replicas that were
+    lost among them. Ranks are numbered anew.
 
     \b
     Examples:
@@ -135,7 +112,9 @@ def _replan(
     time_limit: float,
 ) -> "Replanned":
     from epplan.planner.objective import Objective
-    from epplan.planner.replan import Effort, replan, surviving_ranks, surviving_traffic
+    from epplan.planner.replan import Effort, replan
+    from epplan.planner.survivors import surviving_ranks, surviving_traffic
+    from epplan.quoting import command_line
 
     budget = _extra_loads(extra, before)
     cluster = _load_cluster(before, topology, gpu_model)
@@ -150,7 +129,7 @@ def _replan(
         extra_loads=budget,
         objective=Objective(overlap=overlap, worst=worst_windows),
         effort=Effort(gap=gap, time_limit_s=time_limit, progress=progress),
-        command=shlex.join(["epplan", *sys.argv[1:]]),
+        command=command_line(),
     )
 
 

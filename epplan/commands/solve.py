@@ -1,11 +1,12 @@
 """`epplan solve`: from a cluster, a model and traffic to a plan with its certificate."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from .solver_options import solver_options
 
 if TYPE_CHECKING:
     from epplan.planner.plan import Plan, TransferMode
@@ -78,36 +79,7 @@ _STATUSES = ["optimal", "feasible", "limit"]  # best to worst
     is_flag=True,
     help="Keep all experts of a routing group on one host (group-limited routers).",
 )
-@click.option(
-    "--overlap",
-    is_flag=True,
-    help="Minimise max(transfers, experts) of a layer, not their sum: micro-batches overlap.",
-)
-@click.option(
-    "--worst-windows",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="SHARE",
-    help="Minimise the mean over this share of the traffic's windows, the worst ones (CVaR).",
-)
-@click.option(
-    "--gpu", "gpu_model", metavar="MODEL", help="GPU model where SOURCE does not tell it."
-)
-@click.option(
-    "--gap",
-    type=click.FloatRange(0, 1),
-    default=0.01,
-    show_default=True,
-    help="Stop when this relative gap is proven.",
-)
-@click.option(
-    "--time-limit",
-    type=click.FloatRange(0, min_open=True),
-    default=120.0,
-    show_default=True,
-    help="Seconds for the solver.",
-)
+@solver_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of traffic and solver.")
 @click.option(
     "-o",
@@ -198,6 +170,7 @@ def _solve(
     from epplan.planner.problem import Replication, make_problem, needs_sets
     from epplan.planner.sharing import share_links, sharing_in_words, solve_groups
     from epplan.planner.traffic import make_traffic, with_sets
+    from epplan.quoting import command_line
     from epplan.topologies.sources import load_cluster
 
     cluster = load_cluster(topology, gpu_model)
@@ -251,7 +224,7 @@ def _solve(
             topology_source=topology,
             model_source=model,
             seed=seed,
-            command=shlex.join(["epplan", *sys.argv[1:]]),
+            command=command_line(),
             reasons=[
                 groups.reason,
                 *(["GPUs were chosen as if every choice travelled by itself"] if guessed else []),

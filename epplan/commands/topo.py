@@ -143,13 +143,14 @@ def merge(
     """
     from epplan.files import write_atomically
     from epplan.output import talk
+    from epplan.quoting import made_by
     from epplan.topologies.cluster_writer import cluster_text
     from epplan.topologies.merge import merge as join
     from epplan.topologies.sources import load_cluster
 
     clusters = [load_cluster(source, gpu_model) for source in hosts]
     cluster = join(name or output.stem, clusters, load_cluster(fabric) if fabric else None)
-    write_atomically(output, cluster_text(cluster, _command_line()))
+    write_atomically(output, cluster_text(cluster, f"written by {made_by()}"))
     for line in cluster.warnings:
         talk(f"warning: {line}")
     talk(f"wrote {output}: {len(cluster.by_host())} hosts, {len(cluster.gpus())} GPUs")
@@ -211,6 +212,7 @@ def measure(
     from epplan.files import write_atomically
     from epplan.output import print_json, print_tables, talk
     from epplan.planner.plan import read_plan
+    from epplan.quoting import made_by
     from epplan.topologies.cluster_writer import measured_text
     from epplan.topologies.measure import measure as fit_times
     from epplan.topologies.measure import parse_times, read_times
@@ -227,7 +229,8 @@ def measure(
         found = parse_times(_time_links(plan, tuple(options)), "the benchmark's result")
     measurement = fit_times(cluster, found, slow_below)
     if output is not None:
-        write_atomically(output, measured_text(source, cluster, _command_line(), measurement.rows))
+        head = f"written by {made_by()}"
+        write_atomically(output, measured_text(source, cluster, head, measurement.rows))
         talk(f"wrote {output}")
     if as_json:
         print_json(measurement_json(measurement, found))
@@ -263,13 +266,3 @@ def _time_links(plan: Path, options: tuple[str, ...]) -> object:
     if run.interrupted_by is not None:
         click.get_current_context().exit(128 + run.interrupted_by)
     return run.result
-
-
-def _command_line() -> str:
-    """Return the command, for the head of the files it writes."""
-    import shlex
-    import sys
-
-    import epplan
-
-    return f"written by epplan {epplan.__version__}: {shlex.join(['epplan', *sys.argv[1:]])}"

@@ -113,7 +113,8 @@ def _config_map(job: Job) -> _Object:
 
 
 def _scripts(job: Job) -> list[File]:
-    return [host_script(job, host) for host in job.hosts]
+    # Not torchrun's restarts: a JobSet's, which come also when a pod or its node is lost.
+    return [host_script(job, host, max_restarts=0) for host in job.hosts]
 
 
 def _job_set_spec(job: Job) -> _Object:
@@ -124,7 +125,7 @@ def _job_set_spec(job: Job) -> _Object:
             "publishNotReadyAddresses": True,
             "subdomain": job.name,
         },
-        "failurePolicy": {"maxRestarts": 0},
+        "failurePolicy": {"maxRestarts": job.max_restarts},
         "replicatedJobs": [
             {
                 "name": f"host-{host.index}",

@@ -7,21 +7,22 @@ switched off.
 """
 
 from epplan.launcher.job import Command, File, Job, Rendering
-from epplan.launcher.quoting import shell
-from epplan.launcher.scripts import header, rank_script
+from epplan.launcher.scripts import header, rank_script, run_lines
+from epplan.quoting import shell
 
 _START = """\
 cd {folder}
 export I_MPI_PIN=0 I_MPI_JOB_RESPECT_PROCESS_PLACEMENT=off
-exec mpiexec.hydra -machinefile hosts -n {ranks} -l bash rank.sh
 """
 
 
 def render(job: Job) -> Rendering:
     """Return machine file, rank script and the script that calls mpiexec."""
     places = "".join(f"{host.name}:{len(host.ranks)}\n" for host in job.hosts)
-    start = header(job, "Runs the plan with MPICH or Intel MPI.") + _START.format(
-        folder=shell(str(job.folder)), ranks=job.num_ranks
+    start = (
+        header(job, "Runs the plan with MPICH or Intel MPI.")
+        + _START.format(folder=shell(str(job.folder)))
+        + run_lines(job, f"mpiexec.hydra -machinefile hosts -n {job.num_ranks} -l bash rank.sh")
     )
     files = (
         File(name="hosts", text=job.head("Hosts in rank order, and their ranks.") + places),

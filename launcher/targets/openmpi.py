@@ -6,8 +6,8 @@ worker binds itself.
 """
 
 from epplan.launcher.job import Command, File, Job, Rendering
-from epplan.launcher.quoting import shell
-from epplan.launcher.scripts import header, rank_script
+from epplan.launcher.scripts import header, rank_script, run_lines
+from epplan.quoting import shell
 
 # Names are relative, because PRRTE takes a colon or comma in a path for its own syntax.
 _START = """\
@@ -17,8 +17,8 @@ case "$(mpirun --version 2> /dev/null | head -n 1)" in
   *Open*) map=(--map-by rankfile:file=rankfile) ;;
   *) echo "mpirun is not Open MPI's: $(command -v mpirun)" >&2; exit 2 ;;
 esac
-exec mpirun --hostfile hosts "${{map[@]}}" --bind-to none --tag-output -n {ranks} bash rank.sh
 """
+_RUN = 'mpirun --hostfile hosts "${map[@]}" --bind-to none --tag-output'
 
 
 def render(job: Job) -> Rendering:
@@ -27,8 +27,10 @@ def render(job: Job) -> Rendering:
     places = "".join(
         f"rank {rank.rank}={host.name} slot=0:*\n" for host in job.hosts for rank in host.ranks
     )
-    start = header(job, "Runs the plan with Open MPI 4 or 5.") + _START.format(
-        folder=shell(str(job.folder)), ranks=job.num_ranks
+    start = (
+        header(job, "Runs the plan with Open MPI 4 or 5.")
+        + _START.format(folder=shell(str(job.folder)))
+        + run_lines(job, f"{_RUN} -n {job.num_ranks} bash rank.sh")
     )
     files = (
         File(name="hosts", text=job.head("Hosts in rank order, and their ranks.") + slots),

@@ -6,8 +6,8 @@ each task one GPU alone, and NCCL would lose the NVLinks between them.
 """
 
 from epplan.launcher.job import Command, File, Job, Rendering
-from epplan.launcher.quoting import shell
-from epplan.launcher.scripts import header, rank_script
+from epplan.launcher.scripts import header, rank_script, run_lines
+from epplan.quoting import shell
 
 BATCH = "job.sbatch"
 HOSTS = "hosts.txt"
@@ -49,7 +49,7 @@ def _batch(job: Job) -> str:
         + f"set -e{rest}"
         + "# one line per rank, in rank order\n"
         + f"export SLURM_HOSTFILE={shell(job.path(HOSTS))}\n"
-        + f"exec {shell(*step)}\n"
+        + run_lines(job, shell(*step))
     )
 
 

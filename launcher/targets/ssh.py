@@ -7,8 +7,8 @@ command does not learn that its ssh is gone unless it reads from it: `remote.sh`
 """
 
 from epplan.launcher.job import Command, File, Job, Rendering
-from epplan.launcher.quoting import shell
 from epplan.launcher.scripts import header, host_script
+from epplan.quoting import shell
 
 _START = """\
 cd {folder}
@@ -60,7 +60,7 @@ def render(job: Job) -> Rendering:
     remote = shell(f"bash {shell(job.path('remote.sh'))}")
     files = (
         File(name="hosts", text=job.head("Hosts in rank order, and their ranks.") + slots),
-        *(host_script(job, host) for host in job.hosts),
+        *(host_script(job, host, job.max_restarts) for host in job.hosts),
         File(
             name="remote.sh",
             text=header(job, "Runs a host's script until it ends or the connection does.")

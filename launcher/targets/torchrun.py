@@ -10,7 +10,7 @@ from epplan.launcher.scripts import host_script
 
 def render(job: Job) -> Rendering:
     """Return one script per host and the command that runs it there."""
-    files = tuple(host_script(job, host) for host in job.hosts)
+    files = tuple(host_script(job, host, job.max_restarts) for host in job.hosts)
     commands = tuple(
         Command(arguments=("bash", job.path(file.name)), host=host.name)
         for host, file in zip(job.hosts, files, strict=True)

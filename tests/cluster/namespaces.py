@@ -119,6 +119,14 @@ def emulate(fabric: Fabric) -> Iterator[Emulation]:
         signal.signal(signal.SIGTERM, terminated)
 
 
+def cut_cable(emulation: Emulation, host: str) -> None:
+    """Let nothing through between a host and its switch any more, without telling either end.
+
+    The switch forgets the port; the host's own end stays up.
+    """
+    _batch("ip", emulation.namespace(NETWORK), [f"link set to-{host} nomaster"])
+
+
 def _interrupt(signum: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt(signal.Signals(signum).name)
 

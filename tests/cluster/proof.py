@@ -27,7 +27,7 @@ from tests.fork_ranks import fork_ranks
 
 from .fabric import Fabric
 from .namespaces import Emulation
-from .replay_rank import Rows, replay
+from .replay_rank import MOST_TRIES, Round, Rows, replay
 
 Counts = npt.NDArray[np.int64]  # [layers, source ranks, experts]
 PLACEMENTS = ("planned", "contiguous", "random")
@@ -42,8 +42,9 @@ class Case:
     phase: str
     predicted_s: float
     measured_s: float  # median over repeats
-    fastest_s: float  # of the repeats: other work on the machine can only add time
     spread: float  # (slowest - fastest) / median of the repeats
+    spoiled: int  # rounds thrown away and repeated, because a rank waited for a processor
+    kept_spoiled: int  # repeats that count although one did: it was never calm
     limit: str  # the link that sets the predicted time
 
     @property
@@ -152,35 +153,40 @@ def prove(
             ]
             exchanges += [rows, rows.T.copy()]
     predicted_s = sum(phase.seconds for *_, phase in cases)
-    ranks = fork_ranks(
+    context = multiprocessing.get_context("fork")
+    rounds, *_ = fork_ranks(
         replay,
         fabric.num_ranks,
         emulation,
         store,
-        multiprocessing.get_context("fork").Barrier(fabric.num_ranks),
+        context.Barrier(fabric.num_ranks),
+        context.RawArray("d", 3 * fabric.num_ranks),
         exchanges,
         problem.model.row_bytes,
         repeats,
-        timeout_s=60 + 3 * repeats * predicted_s,
+        timeout_s=60 + 3 * MOST_TRIES * repeats * predicted_s,
     )
-    spans = np.array(ranks)  # [ranks, exchanges, repeats, begin and end]
-    seconds = spans[..., 1].max(axis=0) - spans[..., 0].min(axis=0)
     return Proof(
         fabric=fabric,
         traffic=traffic,
-        cases=tuple(
-            Case(
-                placement=name,
-                layer=layer,
-                phase=phase_name,
-                predicted_s=phase.seconds,
-                measured_s=median(times),
-                fastest_s=min(times),
-                spread=(max(times) - min(times)) / median(times),
-                limit=phase.worst,
-            )
-            for (name, layer, phase_name, phase), times in zip(cases, seconds.tolist(), strict=True)
-        ),
+        cases=tuple(_case(*case, of_case) for case, of_case in zip(cases, rounds, strict=True)),
+    )
+
+
+def _case(
+    placement: str, layer: int, phase_name: str, phase: Phase, rounds: Sequence[Round]
+) -> Case:
+    times = [each.seconds for each in rounds]
+    return Case(
+        placement=placement,
+        layer=layer,
+        phase=phase_name,
+        predicted_s=phase.seconds,
+        measured_s=median(times),
+        spread=(max(times) - min(times)) / median(times),
+        spoiled=sum(each.spoiled for each in rounds),
+        kept_spoiled=sum(not each.is_calm for each in rounds),
+        limit=phase.worst,
     )
 
 

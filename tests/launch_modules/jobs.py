@@ -22,6 +22,8 @@ DEFAULTS = Settings(
     python=None,
     name=None,
     image="registry/epplan:1",
+    max_restarts=0,
+    progress=None,
 )
 
 # ssh for tests: the command runs here, under the host's name. Hydra's ssh options take no values

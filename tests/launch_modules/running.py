@@ -78,6 +78,8 @@ class Launch:
                 **os.environ,
                 "PYTHONPATH": str(self.folder),
                 "TMPDIR": str(self.temporary),
+                # Importing torch's compiler makes this folder, in TMPDIR unless told.
+                "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
                 "TEST_MODULE": PROGRAM,
                 "TEST_GRACE_S": str(grace_s),
             },
