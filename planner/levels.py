@@ -144,9 +144,9 @@ def place_layer(task: Task, effort: Effort) -> LayerPlacement:
     """
     layer = _Layer(*task)
     _search(layer, effort)
-    if not layer.best.is_done(effort.gap):
+    if not layer.best.is_done(effort.gap) and effort.left_s:
         _by_cells(layer, effort)
-    if not layer.best.is_done(effort.gap) and _is_small(layer):
+    if not layer.best.is_done(effort.gap) and effort.left_s and _is_small(layer):
         terms = gpu_terms(layer.rows)
         placement, bound_s = run_program(
             terms, layer.capacity, layer.best.placement, effort, layer.limits.on_gpus
@@ -162,12 +162,16 @@ def _search(layer: _Layer, effort: Effort) -> None:
         terms = cell_terms(layer.rows, layer.cell_of_gpu)
         layer.prove(terms.floor_s)
         with suppress(NoRoomError):
-            name, cells = best_start(terms, _room(layer), effort.seed, 0, layer.limits.on_cells)
-            layer.offer(_fill_cells(layer, cells), f"{name} over hosts")
-    if not layer.best.is_done(0.0) and _is_small(layer):
+            name, cells = best_start(
+                terms, _room(layer), effort.seed, 0, layer.limits.on_cells, effort.deadline
+            )
+            layer.offer(_fill_cells(layer, cells, effort), f"{name} over hosts")
+    if not layer.best.is_done(0.0) and effort.left_s and _is_small(layer):
         with suppress(NoRoomError):
             terms, limits = gpu_terms(layer.rows), layer.limits.on_gpus
-            name, placement = best_start(terms, layer.capacity, effort.seed, limits=limits)
+            name, placement = best_start(
+                terms, layer.capacity, effort.seed, limits=limits, deadline=effort.deadline
+            )
             layer.offer(placement, name)
 
 
@@ -191,13 +195,15 @@ def _by_cells(layer: _Layer, effort: Effort) -> None:
         )
         layer.prove(bound_s)
         with suppress(NoRoomError):
-            layer.offer(_fill_cells(layer, cells), "integer program over hosts")
+            layer.offer(_fill_cells(layer, cells, effort), "integer program over hosts")
         if layer.best.is_done(effort.gap) or not effort.left_s:
             break
 
 
-def _fill_cells(layer: _Layer, cells: Placement) -> Placement:
-    return fill_cells(layer.rows, layer.cell_of_gpu, layer.capacity, layer.limits, cells)
+def _fill_cells(layer: _Layer, cells: Placement, effort: Effort) -> Placement:
+    return fill_cells(
+        layer.rows, layer.cell_of_gpu, layer.capacity, layer.limits, cells, effort.deadline
+    )
 
 
 def fill_cells(
@@ -206,9 +212,10 @@ def fill_cells(
     capacity: npt.NDArray[np.int64],
     limits: Limits,
     cells: Placement,
+    deadline: float,
     kicks: int = 0,
 ) -> Placement:
-    """Return ranks for items whose cells are given: each cell by greedy and swaps.
+    """Return ranks for items whose cells are given: each cell by greedy, and swaps in time.
 
     Raises:
         NoRoomError: the cell has room for its items, but not on GPUs that may take them.
@@ -225,7 +232,7 @@ def fill_cells(
             room = capacity[gpus]
             inside = [limit.within(items, gpus) for limit in limits.on_gpus]
             places = greedy(terms, room, inside)
-            places = descend_again(terms, places, room, inside, kicks)
+            places = descend_again(terms, places, room, inside, kicks, deadline)
             placement[items] = gpus[places]
     return placement
 

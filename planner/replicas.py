@@ -148,9 +148,9 @@ def _rounded(
     limits = _limits(task, expert)
     rows = task.rows.copies(expert, share)
     for found_by in ("relaxation rounded", "relaxation rounded + swaps over hosts"):
-        placement = fill_cells(rows, task.cell_of_gpu, task.capacity, limits, cells, kicks=kicks)
+        placement = fill_cells(rows, task.cell_of_gpu, task.capacity, limits, cells, effort.deadline, kicks)
         yield _shared(task, _from_items(task, expert, share, placement, found_by), effort)
-        cells = descend(cell_terms(rows, task.cell_of_gpu), cells, task.room, limits.on_cells)
+        cells = descend(cell_terms(rows, task.cell_of_gpu), cells, task.room, limits.on_cells, effort.deadline)
 
 
 def _concentrated(task: ReplicatedTask, relaxed: Relaxed, slack: float) -> Shares:
