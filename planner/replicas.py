@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cost import Floats, Shares
-from .levels import Effort, LayerPlacement, Limits, fill_cells, place_layer
+from .levels import Effort, LayerPlacement, Limits, Report, fill_cells, place_layer
 from .problem import Replication
 from .rebalance import rebalance
 from .rows import Ints, LayerRows
@@ -92,19 +92,26 @@ def start_with_replicas(task: ReplicatedTask) -> LayerPlacement:
     return _from_items(task, expert, share, placement, "dealt out")
 
 
-def place_replicated(task: ReplicatedTask, start: LayerPlacement, effort: Effort) -> LayerPlacement:
+def place_replicated(
+    task: ReplicatedTask, start: LayerPlacement, effort: Effort, report: Report | None = None
+) -> LayerPlacement:
     """Return copies, placement and shares of one layer with a proven bound.
 
     Args:
         task: the layer.
         start: what to improve on.
         effort: when to stop.
+        report: takes every better one on the way.
     """
     floors, relaxed = _relaxed(task, effort)
     best = replace(start, bound_s=min(start.seconds, _proven(task, floors, relaxed)))
+    if report is not None:
+        report(best)
     for found in _candidates(task, relaxed, effort):
         if found.seconds < best.seconds * (1 - 1e-9):
             best = replace(found, bound_s=min(found.seconds, best.bound_s))
+            if report is not None:
+                report(best)
         if best.is_done(effort.gap) or not effort.left_s:
             break
     return best
@@ -144,16 +151,20 @@ def _rounded(
     task: ReplicatedTask, relaxed: Relaxed, slack: float, kicks: int, effort: Effort
 ) -> Iterator[LayerPlacement]:
     """Yield the relaxation's solution with as many copies as allowed."""
-    expert, cells, share = copies_of_relaxation(_concentrated(task, relaxed, slack), task)
+    expert, cells, share = copies_of_relaxation(_concentrated(task, relaxed, slack, effort), task)
     limits = _limits(task, expert)
     rows = task.rows.copies(expert, share)
     for found_by in ("relaxation rounded", "relaxation rounded + swaps over hosts"):
-        placement = fill_cells(rows, task.cell_of_gpu, task.capacity, limits, cells, effort.deadline, kicks)
+        placement = fill_cells(
+            rows, task.cell_of_gpu, task.capacity, limits, cells, effort.deadline, kicks
+        )
         yield _shared(task, _from_items(task, expert, share, placement, found_by), effort)
-        cells = descend(cell_terms(rows, task.cell_of_gpu), cells, task.room, limits.on_cells, effort.deadline)
+        cells = descend(
+            cell_terms(rows, task.cell_of_gpu), cells, task.room, limits.on_cells, effort.deadline
+        )
 
 
-def _concentrated(task: ReplicatedTask, relaxed: Relaxed, slack: float) -> Shares:
+def _concentrated(task: ReplicatedTask, relaxed: Relaxed, slack: float, effort: Effort) -> Shares:
     """Return the relaxation's shares with most experts in one cell, phases `slack` longer."""
     terms = cell_terms(task.rows, task.cell_of_gpu)
     single = len(task.load) / (len(task.load) + task.rule.extra)
@@ -165,7 +176,7 @@ def _concentrated(task: ReplicatedTask, relaxed: Relaxed, slack: float) -> Share
     for _ in range(_PULLS):
         rank_of_cell = np.argsort(np.argsort(-shares, axis=1, kind="stable"), axis=1)
         pull = np.where(rank_of_cell < free, 0.0, task.load[:, None])
-        pulled = program.concentrate(relaxed, pull / task.load.mean(), slack)
+        pulled = program.concentrate(relaxed, pull / task.load.mean(), slack, effort.left_s)
         if pulled is None:
             break
         shares = pulled.shares

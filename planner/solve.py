@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from epplan.errors import EpplanError
 
 from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
 from .highs import solve, solver_name
-from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Task, in_id_order, place_layer
+from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Report, Task, in_id_order, place_layer
 from .plan import Status
 from .problem import Problem, even_capacity, no_room_for_copies
 from .processes import run_in_processes
@@ -35,6 +36,8 @@ from .terms import gpu_terms
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
+_QUICK_S = 2.0  # time for a layer from which a first pass over all layers is worth it
+_GRACE_S = 3.0  # a solver that has not looked at the clock for so long is ended
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
 AnyTask = Task | tuple[ReplicatedTask, LayerPlacement]
@@ -142,15 +145,57 @@ class _Work:
 
     def run(self) -> None:
         """Improve all layers until their gaps are closed or the time is over."""
-        size = self.problem.model.num_experts * self.problem.num_ranks
-        if self.problem.layers_coupled:
-            self._run_coupled(size * len(self.rows) <= _JOINT_SIZE)
-        elif len(self.rows) > 1 and size * len(self.rows) > _PROCESSES_SIZE:
-            self._run_in_processes()
-        else:
-            for number, layer in enumerate(self.rows):
-                share_s = self.effort.left_s / (len(self.rows) - number)
-                self._take(layer, _place_within(self._task(layer), self.effort, share_s))
+        if not self.problem.layers_coupled:
+            self._place_all(self.effort, rounds=2 if self._side_by_side else 1)
+            return
+        self._place_all(self.effort.part(0.5), rounds=1)
+        self._prove_coupled()
+        if self._size <= _JOINT_SIZE and not self.problem.replication.extra:
+            self._solve_jointly()
+
+    def _place_all(self, effort: Effort, rounds: int) -> None:
+        if len(self.rows) > 1 and effort.left_s > _QUICK_S * len(self.rows):
+            # Something for every layer first: Ctrl-C may come while most are not begun.
+            for layer in self.rows:
+                quick = _place_within(self._task(layer), effort, 0.0, lambda better: None)
+                self._take_placed(layer, quick)
+        spent_s = 0.0  # a layer's time in the round before
+        for _ in range(rounds):
+            layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
+            budget_s = effort.left_s / max(1, len(layers))
+            if not layers or budget_s <= spent_s:
+                return  # nothing left to do, or less time for it than was not enough
+            tasks = {layer: (self._task(layer),) for layer in layers}
+            self._each(_place_within, tasks, effort, self._take_placed)
+            spent_s = budget_s
+
+    @property
+    def _size(self) -> int:
+        return self.problem.model.num_experts * self.problem.num_ranks * len(self.rows)
+
+    @property
+    def _side_by_side(self) -> bool:
+        return len(self.rows) > 1 and self._size > _PROCESSES_SIZE
+
+    def _each(
+        self,
+        function: Callable[..., LayerPlacement],
+        tasks: dict[int, tuple[AnyTask]],
+        effort: Effort,
+        take: Callable[[int, LayerPlacement], None],
+    ) -> None:
+        """Call a function for layers, each with its share of the time, and take the results."""
+        if not self._side_by_side:
+            for number, (layer, task) in enumerate(tasks.items()):
+                share_s = effort.left_s / (len(tasks) - number)
+                take(layer, function(*task, effort, share_s, partial(take, layer)))
+            return
+        layers, workers = list(tasks), min(len(tasks), os.cpu_count() or 1)
+        budget_s = effort.left_s * workers / len(tasks)
+        arguments = [(*tasks[layer], effort, budget_s) for layer in layers]
+        patience_s = budget_s + _GRACE_S
+        for number, better in run_in_processes(function, arguments, workers, patience_s):
+            take(layers[number], better)
 
     def solutions(self) -> Iterator[LayerSolution]:
         """Yield every layer's solution, priced by the evaluator."""
@@ -183,39 +228,30 @@ class _Work:
 
     def _take(self, layer: int, better: LayerPlacement) -> None:
         self.best[layer] = better
-        gap = 1 - better.bound_s / better.seconds
+        gap = 1 - better.bound_s / better.seconds if better.seconds else 0.0
         self.progress(f"layer {layer}: {better.seconds * 1e3:.4g} ms, gap {gap:.2%}")
 
-    def _run_in_processes(self) -> None:
-        """Solve layers side by side; each gets its share of the time, and then of what is left."""
-        for _ in range(2):
-            layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
-            if layers and self.effort.left_s:
-                self._solve_side_by_side(layers)
-
-    def _solve_side_by_side(self, layers: list[int]) -> None:
-        workers = min(len(layers), os.cpu_count() or 1)
-        budget_s = self.effort.left_s * workers / len(layers)
-        tasks = [(self._task(layer), self.effort, budget_s) for layer in layers]
-        for number, better in run_in_processes(_place_within, tasks, workers):
-            self._take(layers[number], better)
-
-    def _run_coupled(self, small: bool) -> None:
-        """Place layers that share memory, and where that is small solve them as one program."""
+    def _prove_coupled(self) -> None:
+        """Prove bounds without the shares of memory that placements keep."""
+        free = np.full(self.problem.num_ranks, self.problem.experts_per_gpu)
+        tasks: dict[int, tuple[AnyTask]] = {}
         for layer, rows in self.rows.items():
-            # The placement keeps its share of memory; the bound must hold without such shares.
-            free = np.full_like(self.capacity[layer], self.problem.experts_per_gpu)
-            bound = (
-                bound_with_replicas(self._replicated(layer, free), self.effort)
+            start = self.best[layer]
+            tasks[layer] = (
+                ((self._replicated(layer, free), start),)
                 if self.problem.replication.extra
-                else place_layer(
-                    (rows, self.cells, free, in_id_order(rows, free)), self.effort
-                ).bound_s
+                else ((rows, self.cells, free, start),)
             )
-            placed = _place(self._task(layer), self.effort)
-            self._take(layer, replace(placed, bound_s=min(bound, placed.seconds)))
-        if small and not self.problem.replication.extra:
-            self._solve_jointly()
+        self._each(_prove_within, tasks, self.effort, self._take_bound)
+
+    def _take_placed(self, layer: int, better: LayerPlacement) -> None:
+        if self.problem.layers_coupled:  # its bound relies on the layer's share of memory
+            better = replace(better, bound_s=better.floor_s)
+        self._take(layer, better)
+
+    def _take_bound(self, layer: int, other: LayerPlacement) -> None:
+        mine = self.best[layer]
+        self._take(layer, replace(mine, bound_s=min(other.bound_s, mine.seconds)))
 
     def _solve_jointly(self) -> None:
         terms = {layer: gpu_terms(self.rows[twin]) for layer, twin in enumerate(self.same_as)}
@@ -242,15 +278,19 @@ class _Work:
             )
 
 
-def _place_within(task: AnyTask, effort: Effort, budget_s: float) -> LayerPlacement:
+def _place_within(task: AnyTask, effort: Effort, budget_s: float, report: Report) -> LayerPlacement:
     """Solve one layer within its own time, from when it starts."""
-    return _place(task, replace(effort, deadline=time.monotonic() + budget_s))
-
-
-def _place(task: AnyTask, effort: Effort) -> LayerPlacement:
+    effort = effort.within(budget_s)
     if isinstance(task[0], ReplicatedTask):
-        return place_replicated(task[0], task[1], effort)
-    return place_layer(task, effort)
+        return place_replicated(task[0], task[1], effort, report)
+    return place_layer(task, effort, report)
+
+
+def _prove_within(task: AnyTask, effort: Effort, budget_s: float, report: Report) -> LayerPlacement:
+    """Return a placement of which only the bound counts."""
+    if isinstance(task[0], ReplicatedTask):
+        return replace(task[1], bound_s=bound_with_replicas(task[0], effort.within(budget_s)))
+    return _place_within(task, effort, budget_s, report)
 
 
 def _equal_layers(problem: Problem) -> list[int]:
