@@ -82,6 +82,7 @@ def serve() -> None:
                 function, task = pickle.load(sys.stdin.buffer)
             except EOFError:
                 return
+            send("begun", None)
             try:
                 result = function(*task, partial(send, "reported"))
             except Exception as error:
@@ -109,15 +110,18 @@ class _Worker:
             late = Event()
             timer = Timer(min(limit_s, TIMEOUT_MAX), _end, (self._process, late))
             timer.daemon = True
-            timer.start()
             failure = None
             try:
                 for kind, result in self._results(function, tasks[number]):
-                    ready.put((number, kind, result))
+                    if kind == "begun":
+                        timer.start()
+                    else:
+                        ready.put((number, kind, result))
             except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
                 failure = error
             timer.cancel()
-            timer.join()
+            if timer.is_alive():
+                timer.join()
             if late.is_set() and not self._closed:
                 _close(self._process)
                 self._process = _start()
@@ -130,8 +134,8 @@ class _Worker:
         assert self._process.stdout is not None
         pickle.dump((function, task), self._process.stdin)
         self._process.stdin.flush()
-        kind = "reported"
-        while kind == "reported":
+        kind = ""
+        while kind != "done":
             kind, result = pickle.load(self._process.stdout)
             yield kind, result
 

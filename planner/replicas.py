@@ -84,12 +84,39 @@ def start_with_replicas(task: ReplicatedTask) -> LayerPlacement:
     """Return a placement to start from: equal shares, dealt out where most room is.
 
     Raises:
-        NoRoomError: no place was found for some copy.
+        NoRoomError: there is none on these GPUs.
     """
     expert, share = _items(task, task.rule.extra)
-    limits = _limits(task, expert)
-    placement = spread(len(expert), task.capacity, limits.on_gpus)
+    try:
+        placement = spread(len(expert), task.capacity, _limits(task, expert).on_gpus)
+    except NoRoomError:  # for so many copies of the hottest experts
+        expert, placement = np.nonzero(_in_a_circle(task))
+        share = 1.0 / np.bincount(expert)[expert]
     return _from_items(task, expert, share, placement, "dealt out")
+
+
+def _in_a_circle(task: ReplicatedTask) -> npt.NDArray[np.bool_]:
+    """Return copies [experts, gpus] that keep all rules, whenever there are some (`feasibility`).
+
+    Raises:
+        NoRoomError: there are none.
+    """
+    num_experts, least = len(task.load), task.rule.least_copies
+    held = np.zeros((num_experts, len(task.capacity)), dtype=bool)
+    left = np.minimum(task.capacity, num_experts)
+    dealt = 0
+    for host in range(task.host_of_gpu.max() + 1):
+        gpus = np.flatnonzero(task.host_of_gpu == host)
+        number = min(left[gpus].sum(), num_experts, least * num_experts - dealt)
+        slots = np.repeat(gpus, left[gpus])[:number]
+        held[(dealt + np.arange(number)) % num_experts, slots] = True
+        left -= np.bincount(slots, minlength=len(left))
+        dealt += number
+    if dealt < least * num_experts:
+        raise NoRoomError
+    for gpu in np.repeat(np.arange(len(left)), left)[: num_experts + task.rule.extra - dealt]:
+        held[np.where(held[:, gpu], len(left) + 1, held.sum(axis=1)).argmin(), gpu] = True
+    return held
 
 
 def place_replicated(
@@ -142,7 +169,8 @@ def _candidates(
             with suppress(NoRoomError):
                 yield from _rounded(task, relaxed, slack, kicks, effort)
     yield from _rebalanced(task, effort)
-    yield from _by_levels(task, task.rule.extra, effort)
+    with suppress(NoRoomError):  # for copies counted by rows
+        yield from _by_levels(task, task.rule.extra, effort)
     if not task.rule.survive_hosts:
         yield from _by_levels(task, 0, effort)  # a replica costs a second reading of its weights
 

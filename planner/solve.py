@@ -159,15 +159,14 @@ class _Work:
             for layer in self.rows:
                 quick = _place_within(self._task(layer), effort, 0.0, lambda better: None)
                 self._take_placed(layer, quick)
-        spent_s = 0.0  # a layer's time in the round before
+        layers = list(self.rows)
         for _ in range(rounds):
-            layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
-            budget_s = effort.left_s / max(1, len(layers))
-            if not layers or budget_s <= spent_s:
-                return  # nothing left to do, or less time for it than was not enough
             tasks = {layer: (self._task(layer),) for layer in layers}
+            budget_s = effort.left_s / len(layers)
             self._each(_place_within, tasks, effort, self._take_placed)
-            spent_s = budget_s
+            layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
+            if not layers or effort.left_s / len(layers) <= budget_s:
+                return  # nothing left to do, or less time for it than was not enough
 
     @property
     def _size(self) -> int:
@@ -185,7 +184,7 @@ class _Work:
         take: Callable[[int, LayerPlacement], None],
     ) -> None:
         """Call a function for layers, each with its share of the time, and take the results."""
-        if not self._side_by_side:
+        if not self._side_by_side or not effort.left_s:
             for number, (layer, task) in enumerate(tasks.items()):
                 share_s = effort.left_s / (len(tasks) - number)
                 take(layer, function(*task, effort, share_s, partial(take, layer)))

@@ -108,18 +108,18 @@ def test_layouts_keep_all_rules(
     per_gpu = -(-(experts + extra) // ranks) + 1
     counts = np.stack([random_counts(seed + w, 1, ranks, experts) for w in range(2)])
     rule = Replication(extra=extra, equal_shares=equal, survive_hosts=int(survive))
-    problem = tiny_problem(
-        counts,
-        cluster=tiny_cluster(gpus),
-        experts_per_gpu=per_gpu,
-        objective=Objective(worst=worst),
-        replication=rule,
-    )
     try:
-        solution = solve(problem, limit_s=5)
+        problem = tiny_problem(
+            counts,
+            cluster=tiny_cluster(gpus),
+            experts_per_gpu=per_gpu,
+            objective=Objective(worst=worst),
+            replication=rule,
+        )
     except InfeasibleError:
         assert survive  # uneven hosts: the small one has no room for a copy of everything
         return
+    solution = solve(problem, limit_s=5)
     shares = solution.layers[0].shares
     assert shares.sum(axis=1) == pytest.approx(1.0)
     assert np.count_nonzero(shares) <= experts + extra
