@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import inf
 
 import highspy
 import pulp
@@ -120,6 +121,25 @@ def solve_linear(program: pulp.LpProblem, *, time_limit_s: float) -> tuple[float
     names = [variable.name for variable in program.variables()]
     values = dict(zip(names, highs.getSolution().col_value, strict=True))
     return highs.getInfo().objective_function_value * (1 - _TOLERANCE), values
+
+
+def least(program: pulp.LpProblem, *, time_limit_s: float) -> float:
+    """Return a proven lower bound on the minimum of a program; infinity where it has no solution.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    solver = pulp.HiGHS(msg=False, gapRel=0.0, timeLimit=time_limit_s)
+    with _silent_stdout():
+        solver.createAndConfigureSolver(program)
+        solver.buildSolverModel(program)
+        highs: highspy.Highs = program.solverModel
+        interrupted = _run(highs)
+    if interrupted:
+        raise KeyboardInterrupt
+    if highs.getModelStatus().name == "kInfeasible":
+        return inf
+    return float(highs.getInfo().mip_dual_bound)
 
 
 def _run(highs: highspy.Highs) -> bool:

@@ -6,8 +6,9 @@
     4 place    copies as items by topology levels, never two of an expert on a GPU
     5 share    the best shares of these copies: a linear program
 
-2, 4, 5 comes first; then the layout of `rebalance`; then 3, 4, 5, again with its shares while it
-helps. Equal shares, where an engine knows nothing else, are 3 and 4; the bound holds for them too.
+The layout of `rebalance` comes first, with 5; then 2, 4, 5; then 3, 4, 5, again with its shares
+while it helps. Equal shares, where an engine knows nothing else, are 3 and 4; the bound holds for
+them too.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from .balance_bound import least_maximum
 from .cost import Floats, Shares
 from .levels import Effort, LayerPlacement, Limits, Report, fill_cells, place_layer
 from .problem import Replication
@@ -32,6 +34,9 @@ _ROUNDS = 4  # of placing and sharing
 _SLACKS = (0.003, 0.006, 0.01)  # given up over cells, to have copies left inside of them
 _PULLS = 2
 _KICKS = (4, 16)  # inside cells: a quick round first
+_TRIES_BEFORE_SLOTS = 2  # candidates; most layers are done by then
+_SLOTS_SHARE = 0.3  # of the time left, for the bound by slots
+_SLOTS_PRECISION = 2e-3
 _FULL = 0.9  # of an average GPU's rows: what one copy should not exceed
 
 
@@ -134,7 +139,10 @@ def place_replicated(
     best = replace(start, bound_s=min(start.seconds, _proven(task, floors, relaxed)))
     if report is not None:
         report(best)
-    for found in _candidates(task, relaxed, effort):
+    for tried, found in enumerate(_candidates(task, relaxed, effort)):
+        if tried == _TRIES_BEFORE_SLOTS:
+            slots_s = min(best.seconds, max(best.bound_s, _bound_by_slots(task, best, effort)))
+            best = replace(best, bound_s=slots_s)
         if found.seconds < best.seconds * (1 - 1e-9):
             best = replace(found, bound_s=min(found.seconds, best.bound_s))
             if report is not None:
@@ -157,6 +165,35 @@ def _relaxed(task: ReplicatedTask, effort: Effort) -> tuple[list[float], Relaxed
     return floors, Relaxation(terms, floors, task.room).solve(effort.left_s)
 
 
+def _bound_by_slots(task: ReplicatedTask, best: LayerPlacement, effort: Effort) -> float:
+    """Return a bound that sees how light experts fill slots (`balance_bound`).
+
+    Of every GPU one row counts that no other GPU's experts load: what an expert adds to such a row
+    is at least the least it adds to any GPU's.
+    """
+    num_copies, gpus = len(task.load) + task.rule.extra, len(task.capacity)
+    shares, slots = best.shares(gpus), int(task.capacity.max())
+    floors = []
+    for number, phase in enumerate(task.rows.phases):
+        floor, amount = phase.floor_with_copies(num_copies), phase.own_rows()
+        reached = phase.seconds_of_shares(shares)
+        if amount is not None and floor < reached * (1 - _SLOTS_PRECISION):
+            by_slots = least_maximum(
+                amount.min(axis=1),
+                gpus,
+                slots,
+                num_copies,
+                precision=_SLOTS_PRECISION,
+                most=reached,
+                time_limit_s=_SLOTS_SHARE * effort.left_s / (len(task.rows.phases) - number),
+            )
+            floor = max(floor, by_slots)
+        floors.append(floor)
+    relaxed = Relaxation(cell_terms(task.rows, task.cell_of_gpu), floors, task.room)
+    found = relaxed.solve(effort.left_s)
+    return max(task.rows.total(floors), found.bound_s if found else 0.0)
+
+
 def _proven(task: ReplicatedTask, floors: list[float], relaxed: Relaxed | None) -> float:
     return max(task.rows.total(floors), relaxed.bound_s if relaxed else 0.0)
 
@@ -164,11 +201,11 @@ def _proven(task: ReplicatedTask, floors: list[float], relaxed: Relaxed | None) 
 def _candidates(
     task: ReplicatedTask, relaxed: Relaxed | None, effort: Effort
 ) -> Iterator[LayerPlacement]:
+    yield from _rebalanced(task, effort)
     if not task.rule.equal_shares and relaxed is not None:
         for kicks, slack in product(_KICKS, _SLACKS):
             with suppress(NoRoomError):
                 yield from _rounded(task, relaxed, slack, kicks, effort)
-    yield from _rebalanced(task, effort)
     with suppress(NoRoomError):  # for copies counted by rows
         yield from _by_levels(task, task.rule.extra, effort)
     if not task.rule.survive_hosts:
