@@ -81,7 +81,8 @@ def _least_maximum(
     mean = load.sum() / num_gpus
     low = max(mean, load[0] / num_gpus)
     num_hot = min(_HOTTEST, int((load > _HOT * mean).sum()))
-    if not num_hot or load[0] <= low:
+    # With G - 1 further copies all GPUs can be one part, which shares level exactly.
+    if not num_hot or load[0] <= low or copies - len(load) >= num_gpus - 1:
         return float(low)
     high = min(most, load[0] + load.sum())
     step = precision

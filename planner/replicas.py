@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from .balance_bound import least_maximum
 from .cost import Floats, Shares
+from .counts import count_copies, near_counts
 from .levels import Effort, LayerPlacement, Limits, Report, fill_cells, place_layer
 from .problem import Replication
 from .rebalance import rebalance
@@ -66,27 +67,8 @@ class ReplicatedTask:
         return np.bincount(self.cell_of_gpu, weights=self.capacity).astype(np.int64)
 
 
-def count_copies(load: Floats, extra: int, least: int, most: int) -> npt.NDArray[np.int64]:
-    """Return how many copies every expert gets: the next one to whom a copy relieves most.
-
-    Args:
-        load: rows of every expert, [experts].
-        extra: copies on top of one each.
-        least: copies of every expert at least.
-        most: at most, one a GPU.
-    """
-    copies = np.full(len(load), least)
-    for _ in range(extra - (least - 1) * len(load)):
-        relief = np.where(copies < most, load / copies, -1.0)
-        hottest = int(relief.argmax())
-        if relief[hottest] <= 0:
-            break  # a copy of an expert without rows helps nobody
-        copies[hottest] += 1
-    return copies
-
-
 def start_with_replicas(task: ReplicatedTask) -> LayerPlacement:
-    """Return a placement to start from: equal shares, dealt out where most room is.
+    """Return a placement to start from: `rebalance`'s, or equal shares dealt out where room is.
 
     Raises:
         NoRoomError: there is none on these GPUs.
@@ -97,7 +79,8 @@ def start_with_replicas(task: ReplicatedTask) -> LayerPlacement:
     except NoRoomError:  # for so many copies of the hottest experts
         expert, placement = np.nonzero(_in_a_circle(task))
         share = 1.0 / np.bincount(expert)[expert]
-    return _from_items(task, expert, share, placement, "dealt out")
+    dealt = _from_items(task, expert, share, placement, "dealt out")
+    return min([dealt, *_rebalanced(task)], key=lambda found: found.seconds)
 
 
 def _in_a_circle(task: ReplicatedTask) -> npt.NDArray[np.bool_]:
@@ -201,7 +184,8 @@ def _proven(task: ReplicatedTask, floors: list[float], relaxed: Relaxed | None) 
 def _candidates(
     task: ReplicatedTask, relaxed: Relaxed | None, effort: Effort
 ) -> Iterator[LayerPlacement]:
-    yield from _rebalanced(task, effort)
+    for found in [] if task.rule.equal_shares else _rebalanced(task):
+        yield _shared(task, found, effort)
     if not task.rule.equal_shares and relaxed is not None:
         for kicks, slack in product(_KICKS, _SLACKS):
             with suppress(NoRoomError):
@@ -210,6 +194,31 @@ def _candidates(
         yield from _by_levels(task, task.rule.extra, effort)
     if not task.rule.survive_hosts:
         yield from _by_levels(task, 0, effort)  # a replica costs a second reading of its weights
+    if task.rule.equal_shares:
+        yield from _other_counts(task, effort)
+
+
+def _other_counts(task: ReplicatedTask, effort: Effort) -> Iterator[LayerPlacement]:
+    """Yield ever better equal shares: one copy less of an expert, and one more of another or none.
+
+    Counting by rows does not see that a copy may be in the way where it would sit; here every count
+    is placed and priced.
+    """
+    copies = _count(task, task.rule.extra)
+    least, most = task.rule.least_copies, int((task.capacity > 0).sum())
+    total, best = len(task.load) + task.rule.extra, np.inf
+    while True:
+        for changed in near_counts(task.load, copies, total, least, most):
+            if not effort.left_s:
+                return
+            with suppress(NoRoomError):
+                found = _placed(task, changed, replace(effort, gap=1.0))
+                if found.seconds < best * (1 - 1e-9):
+                    best, copies = found.seconds, changed
+                    yield found
+                    break
+        else:
+            return
 
 
 def _rounded(
@@ -287,7 +296,7 @@ def copies_of_relaxation(shares: Shares, task: ReplicatedTask) -> tuple[Ints, In
     return np.repeat(experts, times), np.repeat(cells, times), np.repeat(part, times)
 
 
-def _rebalanced(task: ReplicatedTask, effort: Effort) -> Iterator[LayerPlacement]:
+def _rebalanced(task: ReplicatedTask) -> Iterator[LayerPlacement]:
     """Yield the layout of the fast path, which sees neither links nor hosts."""
     num_gpus, num_slots = len(task.capacity), len(task.load) + task.rule.extra
     if task.rule.survive_hosts or num_slots % num_gpus or np.ptp(task.capacity):
@@ -299,8 +308,29 @@ def _rebalanced(task: ReplicatedTask, effort: Effort) -> Iterator[LayerPlacement
     expert, share = done.expert_of_slot[0], np.maximum(done.share_of_slot[0], LEAST_SHARE)
     share = share / np.bincount(expert, share)[expert]
     placement = np.arange(num_slots) * num_gpus // num_slots
-    found = _from_items(task, expert, share, placement, "rebalance")
-    yield found if task.rule.equal_shares else _shared(task, found, effort)
+    yield _from_items(task, expert, share, placement, "rebalance")
+
+
+def _placed(task: ReplicatedTask, copies: Ints, effort: Effort) -> LayerPlacement:
+    """Return equal shares of given counts [experts], placed by levels."""
+    expert = np.repeat(np.arange(len(copies)), copies)
+    share = 1.0 / copies[expert]
+    limits = _limits(task, expert)
+    rows = task.rows.copies(expert, share)
+    placement = spread(len(expert), task.capacity, limits.on_gpus)
+    start = _start(rows, placement)
+    placed = place_layer((rows, task.cell_of_gpu, task.capacity, start, limits), effort)
+    return _from_items(task, expert, share, placed.placement, placed.found_by)
+
+
+def _start(rows: LayerRows, placement: Ints) -> LayerPlacement:
+    return LayerPlacement(
+        placement=placement,
+        seconds=rows.seconds(placement),
+        bound_s=0.0,
+        found_by="dealt out",
+        floor_s=0.0,
+    )
 
 
 def _by_levels(task: ReplicatedTask, extra: int, effort: Effort) -> Iterator[LayerPlacement]:
@@ -310,13 +340,7 @@ def _by_levels(task: ReplicatedTask, extra: int, effort: Effort) -> Iterator[Lay
     placement = spread(len(expert), task.capacity, limits.on_gpus)
     for _ in range(_ROUNDS):
         rows = task.rows.copies(expert, share)
-        start = LayerPlacement(
-            placement=placement,
-            seconds=rows.seconds(placement),
-            bound_s=0.0,
-            found_by="dealt out",
-            floor_s=0.0,
-        )
+        start = _start(rows, placement)
         placed = place_layer((rows, task.cell_of_gpu, task.capacity, start, limits), effort)
         placement = placed.placement
         found = _from_items(task, expert, share, placement, placed.found_by)
@@ -339,9 +363,14 @@ def _shared(task: ReplicatedTask, found: LayerPlacement, effort: Effort) -> Laye
 
 def _items(task: ReplicatedTask, extra: int) -> tuple[Ints, Floats]:
     """Return the expert of every copy, and equal shares."""
-    copies = count_copies(task.load, extra, task.rule.least_copies, int((task.capacity > 0).sum()))
+    copies = _count(task, extra)
     expert = np.repeat(np.arange(len(copies)), copies)
     return expert, 1.0 / copies[expert]
+
+
+def _count(task: ReplicatedTask, extra: int) -> Ints:
+    least, most = task.rule.least_copies, int((task.capacity > 0).sum())
+    return count_copies(task.load, extra, least, most)
 
 
 def _limits(task: ReplicatedTask, expert: Ints) -> Limits:
