@@ -105,14 +105,7 @@ def solve_linear(program: pulp.LpProblem, *, time_limit_s: float) -> tuple[float
         KeyboardInterrupt: Ctrl-C.
         EpplanError: HiGHS ended in an unexpected state.
     """
-    solver = pulp.HiGHS(msg=False, timeLimit=time_limit_s)
-    with _silent_stdout():
-        solver.createAndConfigureSolver(program)
-        solver.buildSolverModel(program)
-        highs: highspy.Highs = program.solverModel
-        interrupted = _run(highs)
-    if interrupted:
-        raise KeyboardInterrupt
+    highs = _solved(program, timeLimit=time_limit_s)
     status = highs.getModelStatus().name
     if status in ("kTimeLimit", "kInfeasible"):
         return 0.0, {}
@@ -129,7 +122,15 @@ def least(program: pulp.LpProblem, *, time_limit_s: float) -> float:
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
-    solver = pulp.HiGHS(msg=False, gapRel=0.0, timeLimit=time_limit_s)
+    highs = _solved(program, gapRel=0.0, timeLimit=time_limit_s)
+    if highs.getModelStatus().name == "kInfeasible":
+        return inf
+    return float(highs.getInfo().mip_dual_bound)
+
+
+def _solved(program: pulp.LpProblem, **options: float) -> highspy.Highs:
+    """Return HiGHS after it has run without a start."""
+    solver = pulp.HiGHS(msg=False, **options)
     with _silent_stdout():
         solver.createAndConfigureSolver(program)
         solver.buildSolverModel(program)
@@ -137,9 +138,7 @@ def least(program: pulp.LpProblem, *, time_limit_s: float) -> float:
         interrupted = _run(highs)
     if interrupted:
         raise KeyboardInterrupt
-    if highs.getModelStatus().name == "kInfeasible":
-        return inf
-    return float(highs.getInfo().mip_dual_bound)
+    return highs
 
 
 def _run(highs: highspy.Highs) -> bool:

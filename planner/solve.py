@@ -195,6 +195,8 @@ class _Work:
         patience_s = budget_s + _GRACE_S
         for number, better in run_in_processes(function, arguments, workers, patience_s):
             take(layers[number], better)
+            if time.monotonic() > effort.deadline + _GRACE_S:
+                return  # layers that were not begun keep what they have
 
     def solutions(self) -> Iterator[LayerSolution]:
         """Yield every layer's solution, priced by the evaluator."""
