@@ -142,25 +142,30 @@ class _Work:
         self.rows = {layer: builder.layer(layer) for layer in sorted(set(self.same_as))}
         self.best = {layer: self._start(layer) for layer in self.rows}
         self.joint_bound_s = 0.0
+        self._begun = False  # every layer is searched once, whatever gap is asked for
 
     def run(self) -> None:
         """Improve all layers until their gaps are closed or the time is over."""
         if not self.problem.layers_coupled:
             self._place_all(self.effort, rounds=2 if self._side_by_side else 1)
             return
-        self._place_all(self.effort.part(0.5), rounds=1)
-        self._prove_coupled()
+        # Searched quickly, proven without shares of memory, and improved where that is not enough.
+        self._place_all(replace(self.effort.part(0.3), gap=1.0), rounds=1)
+        self._prove_coupled(self.effort.part(0.6))
+        self._place_all(self.effort, rounds=1)
         if self._size <= _JOINT_SIZE and not self.problem.replication.extra:
             self._solve_jointly()
 
     def _place_all(self, effort: Effort, rounds: int) -> None:
-        if len(self.rows) > 1 and effort.left_s > _QUICK_S * len(self.rows):
+        if not self._begun and len(self.rows) > 1 and effort.left_s > _QUICK_S * len(self.rows):
             # Something for every layer first: Ctrl-C may come while most are not begun.
             for layer in self.rows:
                 quick = _place_within(self._task(layer), effort, 0.0, lambda better: None)
                 self._take_placed(layer, quick)
-        layers = list(self.rows)
-        for _ in range(rounds):
+        layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
+        layers = layers if self._begun else list(self.rows)
+        self._begun = True
+        for _ in range(rounds if layers else 0):
             tasks = {layer: (self._task(layer),) for layer in layers}
             budget_s = effort.left_s / len(layers)
             self._each(_place_within, tasks, effort, self._take_placed)
@@ -232,7 +237,7 @@ class _Work:
         gap = 1 - better.bound_s / better.seconds if better.seconds else 0.0
         self.progress(f"layer {layer}: {better.seconds * 1e3:.4g} ms, gap {gap:.2%}")
 
-    def _prove_coupled(self) -> None:
+    def _prove_coupled(self, effort: Effort) -> None:
         """Prove bounds without the shares of memory that placements keep."""
         free = np.full(self.problem.num_ranks, self.problem.experts_per_gpu)
         tasks: dict[int, tuple[AnyTask]] = {}
@@ -243,16 +248,21 @@ class _Work:
                 if self.problem.replication.extra
                 else ((rows, self.cells, free, start),)
             )
-        self._each(_prove_within, tasks, self.effort, self._take_bound)
+        self._each(_prove_within, tasks, effort, self._take_bound)
 
     def _take_placed(self, layer: int, better: LayerPlacement) -> None:
         if self.problem.layers_coupled:  # its bound relies on the layer's share of memory
-            better = replace(better, bound_s=better.floor_s)
+            bound_s = min(self.best[layer].bound_s, better.seconds)
+            better = replace(better, bound_s=bound_s)
         self._take(layer, better)
 
     def _take_bound(self, layer: int, other: LayerPlacement) -> None:
         mine = self.best[layer]
-        self._take(layer, replace(mine, bound_s=min(other.bound_s, mine.seconds)))
+        held = np.bincount(other.placement, minlength=self.problem.num_ranks)
+        if other.seconds < mine.seconds and (held <= self.capacity[layer]).all():
+            mine = other
+        bound_s = min(max(other.bound_s, self.best[layer].bound_s), mine.seconds)
+        self._take(layer, replace(mine, bound_s=bound_s))
 
     def _solve_jointly(self) -> None:
         terms = {layer: gpu_terms(self.rows[twin]) for layer, twin in enumerate(self.same_as)}
