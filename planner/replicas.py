@@ -66,6 +66,13 @@ class ReplicatedTask:
         """Most copies in every cell, [cells]."""
         return np.bincount(self.cell_of_gpu, weights=self.capacity).astype(np.int64)
 
+    @property
+    def host_of_cell(self) -> Ints:
+        """Number of every cell's host, [cells]."""
+        host = np.zeros(len(self.room), dtype=np.intp)
+        host[self.cell_of_gpu] = self.host_of_gpu
+        return host
+
 
 def start_with_replicas(task: ReplicatedTask) -> LayerPlacement:
     """Return a placement to start from: `rebalance`'s, or equal shares dealt out where room is.
@@ -267,11 +274,12 @@ def copies_of_relaxation(shares: Shares, task: ReplicatedTask) -> tuple[Ints, In
     amount = shares * task.load[:, None]
     fair = task.load.sum() / task.capacity.sum() * task.capacity.max()  # rows of an average GPU
     gpus, most = np.bincount(task.cell_of_gpu), amount.max()
-    left = task.room.copy()
+    left, host = task.room.copy(), task.host_of_cell
     copies = np.zeros(shares.shape, dtype=np.int64)
     for expert in np.argsort(-task.load, kind="stable"):
         for _ in range(task.rule.least_copies):
-            wish = np.where((left > 0) & (copies[expert] == 0), shares[expert] + 1e-9, 0.0)
+            elsewhere = ~np.isin(host, host[copies[expert] > 0])
+            wish = np.where((left > 0) & elsewhere, shares[expert] + 1e-9, 0.0)
             cell = int(wish.argmax())
             if not wish[cell]:
                 raise NoRoomError
@@ -386,9 +394,7 @@ def _limits(task: ReplicatedTask, expert: Ints) -> Limits:
         domain=np.arange(num_gpus),
         most=np.ones((num_experts, num_gpus), dtype=np.int64),
     )
-    host_of_cell = np.zeros(len(task.room), dtype=np.intp)
-    host_of_cell[task.cell_of_gpu] = task.host_of_gpu
-    hosts = [replace(limit, domain=host_of_cell) for limit in _over_hosts(task, expert)]
+    hosts = [replace(limit, domain=task.host_of_cell) for limit in _over_hosts(task, expert)]
     return Limits(on_gpus=(on_gpu, *_over_hosts(task, expert)), on_cells=(in_cell, *hosts))
 
 
