@@ -19,7 +19,7 @@ import pulp
 
 from .cost import Floats, Shares
 from .highs import solve_linear
-from .program import MICROSECONDS, add_objective, sparse_row
+from .program import MICROSECONDS, add_objective
 from .rows import Ints, LayerRows, PhaseRows
 from .terms import LayerTerms
 
@@ -91,9 +91,12 @@ class Relaxation:
             time = lp.add_variable(f"t_{number}", lowBound=floor * MICROSECONDS, upBound=most_s)
             # A latency has no rows: a share of a path is a lower bound on using it.
             for row in phase.rows if len(phase.rows) else _one_row_an_expert(phase.alone):
-                constant, entries = sparse_row(row)
-                load = [(y[expert, cell], more) for expert, cell, more in entries]
-                lp += pulp.LpAffineExpression([*load, (time, -1.0)]) <= -constant
+                # Not `sparse_row`: its optima round worse (zipf on 64 GPUs: 3 % instead of 1 %).
+                load = [
+                    (y[expert, cell], float(row[expert, cell] * MICROSECONDS))
+                    for expert, cell in np.argwhere(row > 0).tolist()
+                ]
+                lp += pulp.LpAffineExpression([*load, (time, -1.0)]) <= 0
             times.append(time)
         return lp, y, times
 
