@@ -4,7 +4,8 @@
 
 EPLB (github.com/deepseek-ai/EPLB, one file) is fetched by whoever runs this; without it its figures
 are left out. One JSON line a case: balance is mean over max GPU load, mean and worst over layers
-and seeds; milliseconds are minimum and median over seeds. EPLB runs hierarchically (8 groups, 4 or
+and seeds; milliseconds are minimum and median over seeds; bound is what no copies with any shares
+exceed, of the first seed's layers (of the first start's). EPLB runs hierarchically (8 groups, 4 or
 8 hosts) and globally. The trace is `counts` [iterations, source ranks, layers, experts] with
 `iters`: planned at one iteration, judged there and later, mean of 21 starts.
 """
@@ -20,7 +21,9 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from epplan.planner.rebalance import Floats, Rebalanced, rebalance
+from epplan.planner.balance_bound import least_maximum
+from epplan.planner.chains import Floats
+from epplan.planner.rebalance import Rebalanced, rebalance
 
 LAYERS, EXPERTS, SEEDS = 58, 256, 10
 GPU_HOSTS = {32: 4, 72: 8}
@@ -62,7 +65,10 @@ def _case(rule: str, gpus: int, peer: Any) -> None:
     plans: dict[str, Plan] = {"free": _ours("free"), "equal": _ours("equal")}
     if peer is not None:
         plans |= {f"eplb {kind}": _eplb(peer, kind) for kind in ("global", "hierarchical")}
-    line: dict[str, object] = {"case": f"{rule}-288-on-{gpus}"}
+    line: dict[str, object] = {
+        "case": f"{rule}-288-on-{gpus}",
+        "bound": _bound(_load(rule, 0), 288, gpus),
+    }
     for name, plan in plans.items():
         balances, times = [], []
         for seed in range(SEEDS):
@@ -78,6 +84,15 @@ def _case(rule: str, gpus: int, peer: Any) -> None:
             "ms_median": float(np.median(times)),
         }
     _print(line)
+
+
+def _bound(load: Floats, slots: int, gpus: int) -> float:
+    """Return a balance that none exceeds, mean over layers."""
+    falling = np.sort(load, axis=1)[:, ::-1]
+    bounds = [
+        layer.sum() / gpus / least_maximum(layer, gpus, slots // gpus, slots) for layer in falling
+    ]
+    return float(np.mean(bounds))
 
 
 def _ours(shares: Literal["free", "equal"]) -> Plan:
@@ -135,7 +150,12 @@ def _trace(path: Path, peer: Any) -> None:
     if peer is not None:
         plans["eplb global"] = _eplb(peer, "global")
     for slots in (48, 64):
-        line: dict[str, object] = {"case": f"trace-{slots}-on-16", "starts": len(starts)}
+        first = load[iterations.index(starts[0])]
+        line: dict[str, object] = {
+            "case": f"trace-{slots}-on-16",
+            "starts": len(starts),
+            "bound": _bound(first, slots, 16),
+        }
         for name, plan in plans.items():
             judged = []
             for start in starts:

@@ -9,7 +9,8 @@ NICs for 8 GPUs, one host of half its NVLinks and NICs of half their speed, and 
 2:1 and more; in `one-nic` ones the 8 GPUs of a host share one. `choice-1024` chooses 256 of 1,024
 GPUs: 8 leafs oversubscribed 4:1, under each 8 H100 hosts with a NIC a GPU, 7 H200 hosts with 4 NICs
 and a degraded one; its gap is to any choice of 256 GPUs, and `first_over_choice` what the first 256
-in cluster order would take. The trace is `counts` [iterations,
+in cluster order would take. `replicas-*` put 256 experts into 288 slots, one layer or 58 of them.
+The trace is `counts` [iterations,
 sources, layers, experts] with `iters`, here 16 sources on 4 hosts of 8 GPUs and 32 experts, one per
 GPU; judged by the worst host's rows in or out.
 """
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from epplan.planner.group import choose_groups
 from epplan.planner.model import AttentionSpec, ModelSpec
-from epplan.planner.problem import make_problem
+from epplan.planner.problem import Replication, make_problem
 from epplan.planner.solve import Solution, solve_placement
 from epplan.planner.traffic import Floats, Traffic, make_traffic
 from epplan.topologies.cluster_file import read_cluster_file
@@ -45,6 +46,9 @@ CASES = [
     ("one-nic", 128, 0.005, 5),
     ("one-nic", 256, 0.005, 15),
 ]
+REPLICA_GPUS, REPLICA_SLOTS = (32, 64, 72), 288
+REPLICA_LOADS = ("lognormal:1", "zipf:1", "lognormal:1,0.5")
+REPLICA_LAYERS, REPLICA_GOAL_S, REPLICA_LAYERS_GOAL_S = 58, 10, 180
 CHOICE = ("choice-1024", 256, 0.05, 60)
 JUDGED_LATER = (0, 10, 100, 500)  # iterations after the plan
 _PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -68,6 +72,13 @@ def main(traces: Path | None, only: str | None, skew: float) -> None:
     for kind, ranks, gap, goal_s in CASES:
         if only in (None, f"{kind}-{ranks}"):
             _print({"case": f"{kind}-{ranks}", **_case(kind, ranks, gap, goal_s, skew)})
+    for gpus in REPLICA_GPUS:
+        for load in REPLICA_LOADS:
+            if only in (None, case := f"replicas-{gpus}-{load}"):
+                _print({"case": case, **_replicas(gpus, load, 1, REPLICA_GOAL_S)})
+        if only in (None, case := f"replicas-{gpus}-{REPLICA_LAYERS}-layers"):
+            goal_s = REPLICA_LAYERS_GOAL_S
+            _print({"case": case, **_replicas(gpus, REPLICA_LOADS[-1], REPLICA_LAYERS, goal_s)})
     if only in (None, CHOICE[0]):
         _print({"case": CHOICE[0], **_choice(*CHOICE[1:], skew)})
     if traces is None:
@@ -94,6 +105,38 @@ def _case(kind: str, ranks: int, gap: float, goal_s: float, skew: float) -> dict
         "seconds": time.monotonic() - began,
         "seconds_goal": goal_s,
         "contiguous_over_plan": solution.layers[0].contiguous_s / solution.objective_s,
+        "found_by": solution.layers[0].found_by,
+    }
+
+
+def _replicas(gpus: int, load: str, layers: int, goal_s: float) -> dict[str, object]:
+    """Solve 256 experts in 288 slots on hosts of 8 with a NIC a GPU; the goal is the limit."""
+    model, cluster = _model(256, top_k=8, layers=layers), _cluster("plain", gpus // 8)
+    traffic = make_traffic(load, model, gpus, 4096, 0)
+    replication = Replication(extra=REPLICA_SLOTS - model.num_experts)
+    began = time.monotonic()
+    problem = make_problem(
+        cluster,
+        tuple(cluster.gpus()),
+        model,
+        traffic,
+        -(-REPLICA_SLOTS // gpus),
+        replication=replication,
+    )
+    solution = solve_placement(
+        problem, gap=0.01, time_limit_s=goal_s, seed=0, progress=lambda line: None
+    )
+    return {
+        "status": solution.status,
+        "objective_s": solution.objective_s,
+        "bound_s": solution.bound_s,
+        "gap": solution.gap,
+        "gap_goal": 0.01,
+        "worst_layer_gap": max(
+            1 - layer.bound_s / layer.evaluation.seconds for layer in solution.layers
+        ),
+        "seconds": time.monotonic() - began,
+        "seconds_goal": goal_s,
         "found_by": solution.layers[0].found_by,
     }
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import inf
 
 import highspy
 import pulp
@@ -34,6 +35,7 @@ _STATUS = {
 }
 
 
+_LOOK_S = 0.1  # how often a running solver is left to see Ctrl-C
 _TOLERANCE = 1e-7  # HiGHS's primal and dual feasibility
 
 
@@ -42,7 +44,7 @@ class SolverResult:
     """What HiGHS found and proved.
 
     Attributes:
-        status: gap reached, limit or infeasible.
+        status: gap reached, limit, interrupted (by Ctrl-C) or infeasible.
         bound: proven lower bound on the objective, in its unit.
         values: of all variables by name; empty without a solution.
     """
@@ -70,7 +72,6 @@ def solve(
         seed: of HiGHS's random choices.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C.
         EpplanError: HiGHS ended in an unexpected state.
     """
     solver = pulp.HiGHS(msg=False, gapRel=gap, timeLimit=time_limit_s, random_seed=seed)
@@ -78,16 +79,13 @@ def solve(
         solver.createAndConfigureSolver(program)
         solver.buildSolverModel(program)
         highs: highspy.Highs = program.solverModel
-        highs.HandleKeyboardInterrupt = True
         first = highspy.HighsSolution()
         first.col_value = [start[variable.name] for variable in program.variables()]
         highs.setSolution(first)
-        solver.callSolver(program)
-    status = _STATUS.get(highs.getModelStatus().name)
+        interrupted = _run(highs)
+    status = "interrupted" if interrupted else _STATUS.get(highs.getModelStatus().name)
     if status is None:
         raise EpplanError(f"HiGHS ended with {highs.getModelStatus().name}")
-    if status == "interrupted":
-        raise KeyboardInterrupt
     info, solution = highs.getInfo(), highs.getSolution()
     names = [variable.name for variable in program.variables()]
     return SolverResult(
@@ -102,17 +100,13 @@ def solve_linear(program: pulp.LpProblem, *, time_limit_s: float) -> tuple[float
 
     The minimum is low by HiGHS's tolerance, so that it is a bound; without a solution, or none
     within the limit, it is 0 with no values.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+        EpplanError: HiGHS ended in an unexpected state.
     """
-    solver = pulp.HiGHS(msg=False, timeLimit=time_limit_s)
-    with _silent_stdout():
-        solver.createAndConfigureSolver(program)
-        solver.buildSolverModel(program)
-        highs: highspy.Highs = program.solverModel
-        highs.HandleKeyboardInterrupt = True
-        solver.callSolver(program)
+    highs = _solved(program, timeLimit=time_limit_s)
     status = highs.getModelStatus().name
-    if status in ("kInterrupt", "kHighsInterrupt"):
-        raise KeyboardInterrupt
     if status in ("kTimeLimit", "kInfeasible"):
         return 0.0, {}
     if status != "kOptimal":
@@ -120,6 +114,49 @@ def solve_linear(program: pulp.LpProblem, *, time_limit_s: float) -> tuple[float
     names = [variable.name for variable in program.variables()]
     values = dict(zip(names, highs.getSolution().col_value, strict=True))
     return highs.getInfo().objective_function_value * (1 - _TOLERANCE), values
+
+
+def least(program: pulp.LpProblem, *, time_limit_s: float) -> float:
+    """Return a proven lower bound on the minimum of a program; infinity where it has no solution.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    highs = _solved(program, gapRel=0.0, timeLimit=time_limit_s)
+    if highs.getModelStatus().name == "kInfeasible":
+        return inf
+    return float(highs.getInfo().mip_dual_bound)
+
+
+def _solved(program: pulp.LpProblem, **options: float) -> highspy.Highs:
+    """Return HiGHS after it has run without a start."""
+    solver = pulp.HiGHS(msg=False, **options)
+    with _silent_stdout():
+        solver.createAndConfigureSolver(program)
+        solver.buildSolverModel(program)
+        highs: highspy.Highs = program.solverModel
+        interrupted = _run(highs)
+    if interrupted:
+        raise KeyboardInterrupt
+    return highs
+
+
+def _run(highs: highspy.Highs) -> bool:
+    """Run HiGHS in a thread of its own, and return whether Ctrl-C ended it.
+
+    In the main thread Ctrl-C would raise inside of HiGHS, which calls that an error.
+    """
+    highs.HandleUserInterrupt = True
+    interrupted = False
+    highs.startSolve()
+    done = False
+    while not done:
+        try:
+            done, _ = highs.wait(_LOOK_S)
+        except KeyboardInterrupt:
+            interrupted = True
+            highs.cancelSolve()  # type: ignore[no-untyped-call]
+    return interrupted
 
 
 @contextmanager

@@ -10,8 +10,8 @@ GPUs drowns in. So:
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from .highs import solve
 from .program import MICROSECONDS, build_program
 from .rows import Ints, LayerRows
 from .search import Limit, NoRoomError, best_start, contiguous, descend_again, greedy
-from .terms import LayerTerms, cell_terms, common_seconds, gpu_terms, inner_terms
+from .terms import LayerTerms, cell_terms, cells_of_rows, common_seconds, gpu_terms, inner_terms
 
 OPTIMAL_GAP = 1e-6  # HiGHS's own feasibility tolerance: a smaller gap means nothing
 _FLAT_SIZE = 2048  # experts x GPUs up to which the program over GPUs is tried
@@ -67,6 +67,9 @@ class LayerPlacement:
         return self.seconds - self.bound_s <= max(gap, OPTIMAL_GAP) * self.seconds
 
 
+Report = Callable[[LayerPlacement], None]  # takes what is better than before
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
     """How far to go: relative gap, wall-clock deadline (time.monotonic), seed."""
@@ -79,6 +82,14 @@ class Effort:
     def left_s(self) -> float:
         """Seconds until the deadline."""
         return max(0.0, self.deadline - time.monotonic())
+
+    def within(self, seconds: float) -> "Effort":
+        """Return the same for so many seconds from now, but no longer."""
+        return replace(self, deadline=min(self.deadline, time.monotonic() + seconds))
+
+    def part(self, share: float) -> "Effort":
+        """Return the same for a share of the time left."""
+        return self.within(share * self.left_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,17 +116,24 @@ class _Layer:
         self.capacity = capacity
         self.best = best
         self.limits = limits or Limits()
+        self.report: Report | None = None
 
     def offer(self, placement: Placement, found_by: str) -> None:
         """Take a placement if it is better."""
         seconds = self.rows.seconds(placement)
         if seconds < self.best.seconds * (1 - 1e-9):
-            self.best = replace(self.best, placement=placement, seconds=seconds, found_by=found_by)
+            self._take(replace(self.best, placement=placement, seconds=seconds, found_by=found_by))
 
     def prove(self, bound_s: float) -> None:
         """Take a lower bound if it is higher."""
-        bound_s = min(max(self.best.bound_s, bound_s), self.best.seconds)
-        self.best = replace(self.best, bound_s=bound_s)
+        bound_s = min(bound_s, self.best.seconds)
+        if bound_s > self.best.bound_s:
+            self._take(replace(self.best, bound_s=bound_s))
+
+    def _take(self, better: LayerPlacement) -> None:
+        self.best = better
+        if self.report is not None:
+            self.report(better)
 
 
 Task = (
@@ -136,25 +154,28 @@ def in_id_order(rows: LayerRows, capacity: npt.NDArray[np.int64]) -> LayerPlacem
     )
 
 
-def place_layer(task: Task, effort: Effort) -> LayerPlacement:
+def place_layer(task: Task, effort: Effort, report: Report | None = None) -> LayerPlacement:
     """Return a placement of one layer with a proven bound.
 
     Args:
         task: the layer's rows, `RowBuilder.cells`, most experts on every GPU [gpus], the placement
             to start from, and what keeps items apart.
         effort: when to stop.
+        report: takes every better one on the way, bounds included.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, with the best so far reported.
     """
     layer = _Layer(*task)
+    layer.report = report
     _search(layer, effort)
-    if not layer.best.is_done(effort.gap):
+    if not layer.best.is_done(effort.gap) and effort.left_s:
         _by_cells(layer, effort)
-    if not layer.best.is_done(effort.gap) and _is_small(layer):
-        terms = gpu_terms(layer.rows)
-        placement, bound_s = run_program(
-            terms, layer.capacity, layer.best.placement, effort, layer.limits.on_gpus
-        )
-        layer.offer(placement, "integer program over GPUs")
-        layer.prove(bound_s)
+    if not layer.best.is_done(effort.gap) and effort.left_s and _is_small(layer):
+        terms, start = gpu_terms(layer.rows), layer.best.placement
+        with run_program(terms, layer.capacity, start, effort, layer.limits.on_gpus) as found:
+            layer.offer(found.placement, "integer program over GPUs")
+            layer.prove(found.bound_s)
     return layer.best
 
 
@@ -164,12 +185,16 @@ def _search(layer: _Layer, effort: Effort) -> None:
         terms = cell_terms(layer.rows, layer.cell_of_gpu)
         layer.prove(terms.floor_s)
         with suppress(NoRoomError):
-            name, cells = best_start(terms, _room(layer), effort.seed, 0, layer.limits.on_cells)
-            layer.offer(_fill_cells(layer, cells), f"{name} over hosts")
-    if not layer.best.is_done(0.0) and _is_small(layer):
+            name, cells = best_start(
+                terms, _room(layer), effort.seed, 0, layer.limits.on_cells, effort.deadline
+            )
+            layer.offer(_fill_cells(layer, cells, effort), f"{name} over hosts")
+    if not layer.best.is_done(0.0) and effort.left_s and _is_small(layer):
         with suppress(NoRoomError):
             terms, limits = gpu_terms(layer.rows), layer.limits.on_gpus
-            name, placement = best_start(terms, layer.capacity, effort.seed, limits=limits)
+            name, placement = best_start(
+                terms, layer.capacity, effort.seed, limits=limits, deadline=effort.deadline
+            )
             layer.offer(placement, name)
 
 
@@ -188,18 +213,20 @@ def _by_cells(layer: _Layer, effort: Effort) -> None:
     # GPUs inside a cell add to the cost; where that leaves the gap open, ask for a tighter one.
     for gap in (effort.gap, effort.gap / 4):
         start = layer.cell_of_gpu[layer.best.placement]
-        cells, bound_s = run_program(
-            terms, _room(layer), start, replace(effort, gap=gap), layer.limits.on_cells
-        )
-        layer.prove(bound_s)
-        with suppress(NoRoomError):
-            layer.offer(_fill_cells(layer, cells), "integer program over hosts")
+        within = replace(effort, gap=gap)
+        with run_program(terms, _room(layer), start, within, layer.limits.on_cells) as found:
+            layer.prove(found.bound_s)
+            with suppress(NoRoomError):
+                cells = _fill_cells(layer, found.placement, effort)
+                layer.offer(cells, "integer program over hosts")
         if layer.best.is_done(effort.gap) or not effort.left_s:
             break
 
 
-def _fill_cells(layer: _Layer, cells: Placement) -> Placement:
-    return fill_cells(layer.rows, layer.cell_of_gpu, layer.capacity, layer.limits, cells)
+def _fill_cells(layer: _Layer, cells: Placement, effort: Effort) -> Placement:
+    return fill_cells(
+        layer.rows, layer.cell_of_gpu, layer.capacity, layer.limits, cells, effort.deadline
+    )
 
 
 def fill_cells(
@@ -208,9 +235,10 @@ def fill_cells(
     capacity: npt.NDArray[np.int64],
     limits: Limits,
     cells: Placement,
+    deadline: float,
     kicks: int = 0,
 ) -> Placement:
-    """Return ranks for items whose cells are given: each cell by greedy and swaps.
+    """Return ranks for items whose cells are given: each cell by greedy, and swaps in time.
 
     Raises:
         NoRoomError: the cell has room for its items, but not on GPUs that may take them.
@@ -219,27 +247,37 @@ def fill_cells(
     members = [np.flatnonzero(cell_of_gpu == cell) for cell in range(cells.max() + 1)]
     for cell, gpus in enumerate(members):
         placement[cells == cell] = gpus[0]
-    at_least = common_seconds(rows, cell_of_gpu, placement)
+    cell_of_row = cells_of_rows(rows, cell_of_gpu)
+    at_least = common_seconds(rows, cell_of_row, placement)
     for cell, gpus in enumerate(members):
         items = np.flatnonzero(cells == cell)
         if items.size:
-            terms = inner_terms(rows, cell_of_gpu, cell, items, at_least)
+            terms = inner_terms(rows, cell_of_gpu, cell_of_row, cell, items, at_least)
             room = capacity[gpus]
             inside = [limit.within(items, gpus) for limit in limits.on_gpus]
             places = greedy(terms, room, inside)
-            places = descend_again(terms, places, room, inside, kicks)
+            places = descend_again(terms, places, room, inside, kicks, deadline)
             placement[items] = gpus[places]
     return placement
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a program found: a placement, and a bound on all in seconds."""
+
+    placement: Placement
+    bound_s: float
+
+
+@contextmanager
 def run_program(
     terms: LayerTerms,
     capacity: npt.NDArray[np.int64],
     start: Placement,
     effort: Effort,
     limits: Sequence[Limit] = (),
-) -> tuple[Placement, float]:
-    """Return the best placement of the integer program from `start`, and its bound in seconds."""
+) -> Iterator[Found]:
+    """Run the integer program from `start`; what Ctrl-C left of it is still taken."""
     program = build_program({0: terms}, capacity, limits=limits)
     result = solve(
         program.lp,
@@ -250,6 +288,7 @@ def run_program(
     )
     if result.status == "infeasible":
         raise EpplanError("HiGHS calls a program infeasible that has a known feasible start")
-    bound = result.bound / MICROSECONDS
-    found = program.placements(result.values)[0] if result.values else start
-    return found, bound
+    placement = program.placements(result.values)[0] if result.values else start
+    yield Found(placement=placement, bound_s=result.bound / MICROSECONDS)
+    if result.status == "interrupted":
+        raise KeyboardInterrupt

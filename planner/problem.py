@@ -1,6 +1,6 @@
 """The placement problem: an EP group of GPUs, their routes, the traffic, and what fits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,12 @@ from epplan.topologies.hardware import hardware
 from epplan.topologies.routes import Routes, find_routes
 from epplan.topologies.units import format_bytes
 
+from .feasibility import Room, conflict_in_words
 from .forwarding import path_latency
 from .model import DTYPE_BYTES, ModelSpec
 from .objective import Objective
 from .plan import RankMemory, TransferMode
+from .remedies import Ask, remedies
 from .token_sets import TokenSets
 from .traffic import Traffic
 
@@ -147,14 +149,10 @@ def make_problem(
     )
     if problem.sets is None and needs_sets(transfer, experts_per_gpu):
         raise ValueError(f"transfer {transfer} needs traffic with token sets")
-    _check_replication(problem)
-    if keep_groups and model.router.groups == 1:
-        raise InputError(
-            f"--keep-groups: the router of {model.name} has one group; there is nothing to keep "
-            "together",
-            hints=["leave out --keep-groups"],
-        )
-    even_capacity(problem)  # refuses what does not fit
+    _check_together(problem)
+    room = room_for(gpus, model, traffic, experts_per_gpu, problem.replication)
+    if not room.fits():
+        raise _infeasible(problem, traffic, room)
     return problem
 
 
@@ -222,40 +220,112 @@ def even_capacity(problem: Problem) -> npt.NDArray[np.int64]:
             room = np.where(dealt[layer] < problem.experts_per_gpu, left, 0)
             gpu = int(room.argmax())
             if not room[gpu]:
-                raise _no_room(problem, layer, expert)
+                raise InfeasibleError(_no_room(problem, layer, expert))
             dealt[layer, gpu] += 1
             left[gpu] -= 1
     return dealt
 
 
-def _check_replication(problem: Problem) -> None:
-    rule, experts = problem.replication, problem.model.num_experts
-    if rule.extra and (problem.sets is not None or problem.keep_groups):
+def room_for(
+    gpus: tuple[Gpu, ...],
+    model: ModelSpec,
+    traffic: Traffic,
+    experts_per_gpu: int,
+    replication: Replication,
+) -> Room:
+    """Return what is to be placed, and the room for it; arguments of `make_problem`."""
+    hosts = list(dict.fromkeys(gpu.host for gpu in gpus))
+    return Room(
+        layers=model.num_moe_layers,
+        experts=model.num_experts,
+        replicas=replication.extra,
+        survive=bool(replication.survive_hosts),
+        experts_per_gpu=experts_per_gpu,
+        slots=slots_left(fixed_memory(gpus, model, traffic, experts_per_gpu), model),
+        host=np.array([hosts.index(gpu.host) for gpu in gpus]),
+    )
+
+
+def _check_together(problem: Problem) -> None:
+    """Refuse what is not planned together.
+
+    Raises:
+        InputError: whole groups of a router without groups; replicas with token sets or groups.
+    """
+    if problem.keep_groups and problem.model.router.groups == 1:
+        raise InputError(
+            f"--keep-groups: the router of {problem.model.name} has one group; there is nothing to "
+            "keep together",
+            hints=["leave out --keep-groups"],
+        )
+    extra = problem.replication.extra
+    if extra and (problem.sets is not None or problem.keep_groups):
         what = "--keep-groups" if problem.keep_groups else f"--transfer {problem.transfer}"
         raise InputError(
-            f"{what} is not planned with replicas (--replicas {rule.extra}): which copy a token "
+            f"{what} is not planned with replicas (--replicas {extra}): which copy a token "
             "uses would decide what travels together",
             hints=[f"leave out {what}", "or leave out --replicas and --survive"],
         )
-    most = experts * problem.num_ranks
-    if problem.copies_per_layer > most:
-        raise InfeasibleError(
-            f"{rule.extra} replicas are too many: {experts} experts on {problem.num_ranks} GPUs "
-            f"have {most} places, because a GPU holds one copy of an expert at most",
-            hints=[f"take --replicas {most - experts} or fewer"],
-        )
-    hosts = len({gpu.host for gpu in problem.gpus})
-    if rule.survive_hosts and hosts < 2:
-        raise InfeasibleError(
-            "no plan survives the loss of a host: all GPUs are on one",
-            hints=["take GPUs of two hosts or more (--ep, --topology)"],
-        )
-    if rule.extra < rule.survive_hosts * experts:
-        raise InfeasibleError(
+
+
+def _infeasible(problem: Problem, traffic: Traffic, room: Room) -> InfeasibleError:
+    """Return the error for a problem without a placement: why, and what would help."""
+    model = problem.model
+    ask = Ask(
+        ep=problem.num_ranks,
+        groups=1,
+        experts_per_gpu=problem.experts_per_gpu,
+        replicas=room.replicas,
+        survive=room.survive,
+        tokens=traffic.tokens_per_rank,
+        layers=model.num_layers,
+        experts=model.num_experts,
+    )
+
+    def fits(changed: Ask) -> bool:
+        try:
+            kept = model.with_overrides(layers=changed.layers)
+        except InputError:  # no layer with experts is left
+            return False
+        counts = traffic.counts[:, : kept.num_moe_layers] * (changed.tokens / ask.tokens)
+        smaller = replace(traffic, counts=counts, tokens_per_rank=changed.tokens)
+        rule = Replication(extra=changed.replicas, survive_hosts=int(changed.survive))
+        return room_for(problem.gpus, kept, smaller, changed.experts_per_gpu, rule).fits()
+
+    others = frozenset({"ep", "groups", "experts", "scale"})  # other GPUs, or other traffic
+    names = [gpu.id for gpu in problem.gpus]
+    return InfeasibleError(
+        _headline(problem, room),
+        problems=conflict_in_words(room, names, problem.fixed, model.expert_bytes),
+        hints=remedies(ask, problem.num_ranks, fits, others)
+        or ["use more GPUs, GPUs with more memory, or a smaller model"],
+    )
+
+
+def _headline(problem: Problem, room: Room) -> str:
+    rule, experts = problem.replication, problem.model.num_experts
+    if rule.survive_hosts and len(set(room.host.tolist())) < 2:
+        return "no plan survives the loss of a host: all GPUs are on one"
+    if rule.survive_hosts and rule.extra < experts:
+        return (
             f"to survive the loss of a host every one of {experts} experts needs two copies; "
-            f"{rule.extra} replicas are allowed",
-            hints=[f"take --replicas {experts} or more"],
+            f"{rule.extra} replicas are allowed"
         )
+    if problem.copies_per_layer > (most := experts * problem.num_ranks):
+        return (
+            f"{rule.extra} replicas are too many: {experts} experts on {problem.num_ranks} GPUs "
+            f"have {most} places, because a GPU holds one copy of an expert at most"
+        )
+    if room.places().sum() >= room.wanted:
+        return "the hosts are too uneven for every expert to be on two of them"
+    if problem.layers_coupled:
+        dealt = int(room.places().sum())
+        layer, expert = divmod(dealt, problem.copies_per_layer)
+        return _no_room(problem, layer, expert)
+    return (
+        f"{problem.copies_per_layer} copies of {experts} experts a layer do not fit on "
+        f"{problem.num_ranks} GPUs with at most {problem.experts_per_gpu} of a layer on a GPU"
+    )
 
 
 def no_room_for_copies(problem: Problem) -> InfeasibleError:
@@ -275,44 +345,25 @@ def no_room_for_copies(problem: Problem) -> InfeasibleError:
     )
 
 
-def _no_room(problem: Problem, layer: int, expert: int) -> InfeasibleError:
+def _no_room(problem: Problem, layer: int, expert: int) -> str:
+    """Say which copy is too much, and what the GPU lacks that is nearest to taking it."""
     model, size = problem.model, problem.model.expert_bytes
+    most = model.num_moe_layers * min(problem.experts_per_gpu, model.num_experts)
     rests = [
-        _free_bytes(use) - int(n) * size
+        _free_bytes(use) - int(n) * size if n < most else -np.inf  # not short of memory
         for use, n in zip(problem.fixed, problem.slots_of_gpu, strict=True)
     ]
     roomiest = int(np.argmax(rests))
-    use, rest = problem.fixed[roomiest], rests[roomiest]
+    rest = int(rests[roomiest])
     gpu, held = problem.gpus[roomiest].id, int(problem.slots_of_gpu[roomiest])
-    total, wanted = int(problem.slots_of_gpu.sum()), model.num_moe_layers * model.num_experts
     room = (
         f"{gpu}, where most is left, has {format_bytes(rest)} free"
         if rest >= 0
         else f"{gpu}, where most is left, is over its memory by {format_bytes(-rest)} without it"
     )
-    parts = {
-        "replicated weights": use.replicated,
-        "dispatch buffers": use.buffers,
-        "KV cache": use.kv_cache,
-        f"{held} experts": held * size,
-    }
-    return InfeasibleError(
-        f"expert {expert} of layer {model.moe_layers[layer]} fits on no GPU: it needs "
-        f"{format_bytes(size)} ({size} bytes); {room}: short by {size - rest} bytes",
-        problems=[
-            f"{gpu} may use {format_bytes(use.capacity)} ({1 - MEMORY_HEADROOM:.0%} of its "
-            f"memory): {', '.join(f'{name} {format_bytes(x)}' for name, x in parts.items())}",
-            f"all {problem.num_ranks} GPUs together hold {total} experts; the model has {wanted} "
-            f"({model.num_moe_layers} layers x {model.num_experts})",
-        ],
-        hints=[
-            f"use more GPUs: one holds {total / problem.num_ranks:.1f} experts on average, so "
-            f"{-(-wanted * problem.num_ranks // total)} would do"
-            if total
-            else "use GPUs with more memory: no expert fits on any of these",
-            f"plan for fewer tokens a rank (--tokens): dispatch buffers and KV cache take "
-            f"{format_bytes(use.buffers + use.kv_cache)}",
-            f"store weights in fewer bytes: now {model.weight_bytes:g} a weight",
-            "take a smaller model (--layers, --scale)",
-        ],
+    which = f"expert {expert}" if expert < model.num_experts else "a replica"
+    return (
+        f"{which} of layer {model.moe_layers[layer]} fits on no GPU that may still take one: it "
+        f"needs {format_bytes(size)} ({size} bytes); {room}, with {held} experts: short by "
+        f"{size - rest} bytes"
     )

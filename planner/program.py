@@ -31,6 +31,7 @@ from .objective import Floats, Objective, Timed, window_seconds
 from .search import Ints, Limit
 from .terms import LayerTerms, PhaseTerms
 
+_SAME = 1e-13  # of a row's largest term: a difference by rounding
 MICROSECONDS = 1e6  # keeps coefficients near 1, where HiGHS's tolerances are meant
 
 
@@ -158,6 +159,21 @@ def add_objective(
     return [(least, 1.0), *((variable, 1.0 / worst) for variable in above)]
 
 
+def sparse_row(row: Floats) -> tuple[float, list[tuple[int, int, float]]]:
+    """Return a row [experts, cells] as a constant, and what some (expert, cell) add to it, in us.
+
+    An expert is in one cell (or its shares add up to 1), and most cells load a row alike: what it
+    adds in most of them is a constant. Dense rows of some thousand terms are what HiGHS's presolve
+    (`strengthenInequalities`, quadratic in a row's terms) was seen to spend minutes on, in the
+    program or in a heuristic's, without a look at the time limit.
+    """
+    usual = np.sort(row, axis=1)[:, row.shape[1] // 2]
+    more = (row - usual[:, None]) * MICROSECONDS
+    places = np.argwhere(np.abs(row - usual[:, None]) > _SAME * np.abs(row).max(initial=0.0))
+    entries = [(expert, cell, float(more[expert, cell])) for expert, cell in places.tolist()]
+    return float(usual.sum() * MICROSECONDS), entries
+
+
 def objective_values(layer: int, terms: Phases, durations: Sequence[float]) -> dict[str, float]:
     """Return the values of a layer's times for durations of its phases, in seconds."""
     values = {
@@ -203,11 +219,9 @@ def bound_phase(
 ) -> None:
     """Add that a phase lasts at least as long as its rows and its single experts."""
     for row in phase.rows:
-        load = [
-            (x[layer, expert, cell], float(row[expert, cell] * MICROSECONDS))
-            for expert, cell in np.argwhere(row > 0).tolist()
-        ]
-        lp += pulp.LpAffineExpression([*load, (time, -1.0)]) <= 0
+        constant, entries = sparse_row(row)
+        load = [(x[layer, expert, cell], more) for expert, cell, more in entries]
+        lp += pulp.LpAffineExpression([*load, (time, -1.0)]) <= -constant
     # An expert that never exceeds the floor needs no row of its own.
     for expert in np.flatnonzero(phase.alone.max(axis=1) > phase.floor_s).tolist():
         lasts = [

@@ -109,6 +109,24 @@ class PhaseRows:
             low, high = (low, middle) if enough else (middle, high)
         return max(float(low), whole)
 
+    def own_rows(self) -> Floats | None:
+        """Return what experts add to each GPU's heaviest row that only its own experts load.
+
+        In seconds, [experts, gpus]; None where some GPU has no such row.
+        """
+        num_gpus = self.alone.shape[1]
+        of_row = np.bincount(self.pair_row, minlength=len(self.base))
+        own = (of_row == 1) & ~self.base.any(axis=1) & ~self.per_copy
+        pairs = np.flatnonzero(own[self.pair_row])
+        total = self.extra[pairs].sum(axis=1)
+        heaviest: dict[int, int] = {}
+        for number in np.argsort(total, kind="stable").tolist():
+            heaviest[int(self.pair_gpu[pairs[number]])] = int(pairs[number])
+        if len(heaviest) < num_gpus:
+            return None
+        amounts: Floats = self.extra[[heaviest[gpu] for gpu in range(num_gpus)]].T
+        return amounts
+
     def _alone_of_traffic(self) -> Floats:
         """Return `alone` without the rows that a copy loads whole, [experts, gpus]."""
         pairs = ~self.per_copy[self.pair_row]

@@ -4,8 +4,10 @@ The best of these starts the integer program, and is the answer when it meets th
 What is placed are items: experts, or copies of experts, which `Limit`s keep apart.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +103,7 @@ def best_start(
     seed: int,
     shuffles: int = 3,
     limits: Sequence[Limit] = (),
+    deadline: float = inf,
 ) -> tuple[str, Placement]:
     """Return the best placement found without the solver, and how it was found.
 
@@ -110,18 +113,21 @@ def best_start(
         seed: of the shuffled starts.
         shuffles: how many of those.
         limits: on items that belong together.
+        deadline: time.monotonic() from which the first start is returned as it is.
 
     Raises:
         NoRoomError: the limits leave an item no place.
     """
     best: tuple[float, str, Placement] | None = None
     for name, start in _starts(terms, capacity, seed, shuffles, limits):
-        better = descend(terms, start, capacity, limits)
+        better = descend(terms, start, capacity, limits, deadline)
         for label, placement in ((name, start), (f"{name} + swaps", better)):
             seconds = terms.seconds(placement)
             if best is None or seconds < best[0] * _SIGNIFICANT:
                 best = seconds, label, placement
         if best and best[0] * _SIGNIFICANT <= terms.floor_s:
+            break
+        if time.monotonic() >= deadline:
             break
     assert best is not None
     return best[1], best[2]
@@ -173,15 +179,21 @@ def greedy(terms: LayerTerms, capacity: Ints, limits: Sequence[Limit] = ()) -> P
 
 
 def descend(
-    terms: LayerTerms, start: Placement, capacity: Ints, limits: Sequence[Limit] = ()
+    terms: LayerTerms,
+    start: Placement,
+    capacity: Ints,
+    limits: Sequence[Limit] = (),
+    deadline: float = inf,
 ) -> Placement:
-    """Swap two experts, or move one to a free slot, while the objective falls."""
+    """Swap two experts, or move one to a free slot, while the objective falls and time is left."""
     placement = start.copy()
     current = terms.seconds(placement)
     improved = True
     while improved and current * _SIGNIFICANT > terms.floor_s:
         improved = False
         for expert in range(len(placement)):
+            if time.monotonic() >= deadline:
+                return placement
             seconds, candidate = _best_step(terms, placement, expert, capacity, limits)
             if seconds < current * _SIGNIFICANT:
                 current, placement, improved = seconds, candidate, True
@@ -194,14 +206,15 @@ def descend_again(
     capacity: Ints,
     limits: Sequence[Limit],
     kicks: int,
+    deadline: float = inf,
     seed: int = 0,
 ) -> Placement:
     """Descend, then again from the best with a few random swaps in it, `kicks` times at most."""
     random = np.random.default_rng(seed)
-    best = descend(terms, start, capacity, limits)
+    best = descend(terms, start, capacity, limits, deadline)
     seconds = terms.seconds(best)
     for _ in range(kicks):
-        if seconds * _NEAR <= terms.floor_s:
+        if seconds * _NEAR <= terms.floor_s or time.monotonic() >= deadline:
             break
         kicked = best.copy()
         for _ in range(_SWAPS_A_KICK):
@@ -209,7 +222,7 @@ def descend_again(
             kicked[[first, second]] = kicked[[second, first]]
             if any((limit.count(kicked) > limit.most).any() for limit in limits):
                 kicked[[first, second]] = kicked[[second, first]]
-        found = descend(terms, kicked, capacity, limits)
+        found = descend(terms, kicked, capacity, limits, deadline)
         if (after := terms.seconds(found)) < seconds:
             best, seconds = found, after
     return best

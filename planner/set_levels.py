@@ -10,14 +10,14 @@ This is partition of a hypergraph, which is hard in practice, too: the gap that 
 where tokens are many and choose nearly at random.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .cost import Placement
-from .levels import Effort, LayerPlacement
+from .levels import Effort, LayerPlacement, Report
 from .pair_bound import coactivation
 from .rows import Floats, Ints, LayerRows
 from .search import NoRoomError, best_start, contiguous
@@ -31,8 +31,6 @@ _SMALL = 256  # experts x GPUs up to which the program over GPUs is tried
 _SHARE_BOUND = 0.2  # of the time, for the bound from pairs; it takes seconds at most
 _KICKS_SMALL = 20
 _KICKS = 2
-
-Report = Callable[[LayerPlacement], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +130,7 @@ def _starts(
     with suppress(NoRoomError):
         room = np.bincount(task.cells, weights=task.capacity).astype(np.int64)
         terms = cell_terms(task.by_counts, task.cells)
-        name, cells = best_start(terms, room, effort.seed, 0)
+        name, cells = best_start(terms, room, effort.seed, 0, deadline=effort.deadline)
         yield f"{name} over hosts by counts", _filled(cells, task.cells, load, task.capacity)
     yield start.found_by, start.placement
 

@@ -226,6 +226,8 @@ class _SetProgram:
             time_limit_s=effort.left_s,
             seed=effort.seed,
         )
+        if result.status == "interrupted":
+            raise KeyboardInterrupt  # what search has found was reported
         if result.values:
             chosen = np.zeros((len(start), len(self.capacity)))
             for (_, expert, cell), x in self.x.items():

@@ -19,7 +19,7 @@ from epplan.errors import EpplanError
 
 from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
 from .highs import solve, solver_name
-from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Task, in_id_order, place_layer
+from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Report, Task, in_id_order, place_layer
 from .plan import Status
 from .problem import Problem, even_capacity, no_room_for_copies
 from .processes import run_in_processes
@@ -30,15 +30,17 @@ from .replicas import (
     place_replicated,
     start_with_replicas,
 )
-from .rows import LayerRows, RowBuilder
+from .rows import RowBuilder
 from .search import NoRoomError, contiguous
-from .set_levels import Report, SetTask, place_with_sets, start_with_sets
+from .set_levels import SetTask, place_with_sets, start_with_sets
 from .set_rows import SetRowBuilder
 from .terms import gpu_terms
 from .whole_groups import GroupTask, check_groups, place_with_groups, start_with_groups
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
+_QUICK_S = 2.0  # time for a layer from which a first pass over all layers is worth it
+_GRACE_S = 3.0  # a solver that has not looked at the clock for so long is ended
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
 AnyTask = (
@@ -154,19 +156,67 @@ class _Work:
         self.rows = {layer: builder.layer(layer) for layer in sorted(set(self.same_as))}
         self.best = {layer: self._start(layer) for layer in self.rows}
         self.joint_bound_s = 0.0
+        self._begun = False  # every layer is searched once, whatever gap is asked for
 
     def run(self) -> None:
         """Improve all layers until their gaps are closed or the time is over."""
-        size = self.problem.model.num_experts * self.problem.num_ranks
-        if self.problem.layers_coupled:
-            self._run_coupled(size * len(self.rows) <= _JOINT_SIZE)
-        elif len(self.rows) > 1 and size * len(self.rows) > _PROCESSES_SIZE:
-            self._run_in_processes()
-        else:
-            for number, layer in enumerate(self.rows):
-                share_s = self.effort.left_s / (len(self.rows) - number)
-                keep = partial(self.best.__setitem__, layer)  # Ctrl-C leaves it there
-                self._take(layer, _place_within(self._task(layer), self.effort, share_s, keep))
+        if not self.problem.layers_coupled:
+            self._place_all(self.effort, rounds=2 if self._side_by_side else 1)
+            return
+        # Searched quickly, proven without shares of memory, and improved where that is not enough.
+        self._place_all(replace(self.effort.part(0.3), gap=1.0), rounds=1)
+        self._prove_coupled(self.effort.part(0.6))
+        self._place_all(self.effort, rounds=1)
+        special = self.problem.keep_groups or self.problem.replication.extra
+        if self._size <= _JOINT_SIZE and self.set_builder is None and not special:
+            self._solve_jointly()
+
+    def _place_all(self, effort: Effort, rounds: int) -> None:
+        if not self._begun and len(self.rows) > 1 and effort.left_s > _QUICK_S * len(self.rows):
+            # Something for every layer first: Ctrl-C may come while most are not begun.
+            for layer in self.rows:
+                quick = _place_within(self._task(layer), effort, 0.0, lambda better: None)
+                self._take_placed(layer, quick)
+        layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
+        layers = layers if self._begun else list(self.rows)
+        self._begun = True
+        for _ in range(rounds if layers else 0):
+            tasks = {layer: (self._task(layer),) for layer in layers}
+            budget_s = effort.left_s / len(layers)
+            self._each(_place_within, tasks, effort, self._take_placed)
+            layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
+            if not layers or effort.left_s / len(layers) <= budget_s:
+                return  # nothing left to do, or less time for it than was not enough
+
+    @property
+    def _size(self) -> int:
+        return self.problem.model.num_experts * self.problem.num_ranks * len(self.rows)
+
+    @property
+    def _side_by_side(self) -> bool:
+        return len(self.rows) > 1 and self._size > _PROCESSES_SIZE
+
+    def _each(
+        self,
+        function: Callable[..., LayerPlacement],
+        tasks: dict[int, tuple[AnyTask]],
+        effort: Effort,
+        take: Callable[[int, LayerPlacement], None],
+    ) -> None:
+        """Call a function for layers, each with its share of the time, and take the results."""
+        if not self._side_by_side or not effort.left_s:
+            for number, (layer, task) in enumerate(tasks.items()):
+                share_s = effort.left_s / (len(tasks) - number)
+                take(layer, function(*task, effort, share_s, partial(take, layer)))
+            return
+        layers, workers = list(tasks), min(len(tasks), os.cpu_count() or 1)
+        budget_s = effort.left_s * workers / len(tasks)
+        arguments = [(*tasks[layer], effort, budget_s) for layer in layers]
+        patience_s = budget_s + _GRACE_S
+        for number, better in run_in_processes(function, arguments, workers, patience_s):
+            take(layers[number], better)
+            if time.monotonic() > effort.deadline + _GRACE_S:
+                return  # layers that were not begun keep what they have
 
     def solutions(self) -> Iterator[LayerSolution]:
         """Yield every layer's solution, priced by the evaluator."""
@@ -230,48 +280,37 @@ class _Work:
 
     def _take(self, layer: int, better: LayerPlacement) -> None:
         self.best[layer] = better
-        gap = 1 - better.bound_s / better.seconds
+        gap = 1 - better.bound_s / better.seconds if better.seconds else 0.0
         self.progress(f"layer {layer}: {better.seconds * 1e3:.4g} ms, gap {gap:.2%}")
 
-    def _run_in_processes(self) -> None:
-        """Solve layers side by side; each gets its share of the time, and then of what is left."""
-        for _ in range(2):
-            layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
-            if layers and self.effort.left_s:
-                self._solve_side_by_side(layers)
-
-    def _solve_side_by_side(self, layers: list[int]) -> None:
-        workers = min(len(layers), os.cpu_count() or 1)
-        budget_s = self.effort.left_s * workers / len(layers)
-        tasks = [(self._task(layer), self.effort, budget_s) for layer in layers]
-        for number, better in run_in_processes(_place_within, tasks, workers):
-            self._take(layers[number], better)
-
-    def _run_coupled(self, small: bool) -> None:
-        """Place layers that share memory, and where that is small solve them as one program."""
+    def _prove_coupled(self, effort: Effort) -> None:
+        """Prove bounds without the shares of memory that placements keep."""
+        free = np.full(self.problem.num_ranks, self.problem.experts_per_gpu)
+        tasks: dict[int, tuple[AnyTask]] = {}
         for layer, rows in self.rows.items():
-            # The placement keeps its share of memory; the bound must hold without such shares.
-            free = np.full_like(self.capacity[layer], self.problem.experts_per_gpu)
-            bound = self._bound_with(layer, rows, free)
-            placed = _place(self._task(layer), self.effort)
-            self._take(layer, replace(placed, bound_s=min(bound, placed.seconds)))
-        special = self.problem.keep_groups or self.problem.replication.extra
-        linear = self.set_builder is None and not special
-        if small and linear:
-            self._solve_jointly()
+            start = self.best[layer]
+            tasks[layer] = ((rows, self.cells, free, start),)
+            if self.problem.keep_groups:
+                tasks[layer] = ((self._with_groups(layer, free), start),)
+            elif self.set_builder is not None:
+                tasks[layer] = ((self._with_sets(layer, free), start),)
+            elif self.problem.replication.extra:
+                tasks[layer] = ((self._replicated(layer, free), start),)
+        self._each(_prove_within, tasks, effort, self._take_bound)
 
-    def _bound_with(self, layer: int, rows: LayerRows, capacity: Capacity) -> float:
-        if self.problem.keep_groups:
-            groups = self._with_groups(layer, capacity)
-            start = start_with_groups(groups)
-            return place_with_groups(groups, start, self.effort, _forget).bound_s
-        if self.set_builder is not None:
-            task = self._with_sets(layer, capacity)
-            return place_with_sets(task, start_with_sets(task), self.effort, _forget).bound_s
-        if self.problem.replication.extra:
-            return bound_with_replicas(self._replicated(layer, capacity), self.effort)
-        start = in_id_order(rows, capacity)
-        return place_layer((rows, self.cells, capacity, start), self.effort).bound_s
+    def _take_placed(self, layer: int, better: LayerPlacement) -> None:
+        if self.problem.layers_coupled:  # its bound relies on the layer's share of memory
+            bound_s = min(self.best[layer].bound_s, better.seconds)
+            better = replace(better, bound_s=bound_s)
+        self._take(layer, better)
+
+    def _take_bound(self, layer: int, other: LayerPlacement) -> None:
+        mine = self.best[layer]
+        held = np.bincount(other.placement, minlength=self.problem.num_ranks)
+        if other.seconds < mine.seconds and (held <= self.capacity[layer]).all():
+            mine = other
+        bound_s = min(max(other.bound_s, self.best[layer].bound_s), mine.seconds)
+        self._take(layer, replace(mine, bound_s=bound_s))
 
     def _solve_jointly(self) -> None:
         terms = {layer: gpu_terms(self.rows[twin]) for layer, twin in enumerate(self.same_as)}
@@ -298,25 +337,23 @@ class _Work:
             )
 
 
-def _forget(better: LayerPlacement) -> None:
-    """Take a report that nobody needs."""
-
-
-def _place_within(
-    task: AnyTask, effort: Effort, budget_s: float, report: Report = _forget
-) -> LayerPlacement:
+def _place_within(task: AnyTask, effort: Effort, budget_s: float, report: Report) -> LayerPlacement:
     """Solve one layer within its own time, from when it starts."""
-    return _place(task, replace(effort, deadline=time.monotonic() + budget_s), report)
-
-
-def _place(task: AnyTask, effort: Effort, report: Report = _forget) -> LayerPlacement:
+    effort = effort.within(budget_s)
     if isinstance(task[0], ReplicatedTask):
-        return place_replicated(task[0], task[1], effort)
+        return place_replicated(task[0], task[1], effort, report)
     if isinstance(task[0], GroupTask):
         return place_with_groups(task[0], task[1], effort, report)
     if isinstance(task[0], SetTask):
         return place_with_sets(task[0], task[1], effort, report)
-    return place_layer(task, effort)
+    return place_layer(task, effort, report)
+
+
+def _prove_within(task: AnyTask, effort: Effort, budget_s: float, report: Report) -> LayerPlacement:
+    """Return a placement of which only the bound counts."""
+    if isinstance(task[0], ReplicatedTask):
+        return replace(task[1], bound_s=bound_with_replicas(task[0], effort.within(budget_s)))
+    return _place_within(task, effort, budget_s, report)
 
 
 def _equal_layers(problem: Problem) -> list[int]:

@@ -110,14 +110,28 @@ def cell_terms(layer: LayerRows, cell_of_gpu: Ints) -> LayerTerms:
     return _terms(layer, phases)
 
 
+def cells_of_rows(layer: LayerRows, cell_of_gpu: Ints) -> list[Ints]:
+    """Return the cell of every row that depends on where in one an expert sits, else -1.
+
+    [phases] of [rows].
+    """
+    return [_local_rows(phase, cell_of_gpu)[1] for phase in layer.phases]
+
+
 def inner_terms(
-    layer: LayerRows, cell_of_gpu: Ints, cell: int, experts: Ints, at_least: list[float]
+    layer: LayerRows,
+    cell_of_gpu: Ints,
+    cell_of_row: list[Ints],
+    cell: int,
+    experts: Ints,
+    at_least: list[float],
 ) -> LayerTerms:
     """Return the form inside one cell, for its experts: its GPUs, in order, are the cells here.
 
     Args:
         layer: the layer's rows.
         cell_of_gpu: cell numbers, [gpus].
+        cell_of_row: `cells_of_rows`.
         cell: the cell.
         experts: experts in it.
         at_least: duration of every phase by rows of no single cell: nothing shorter counts.
@@ -126,9 +140,8 @@ def inner_terms(
     place_of_gpu = np.full(len(cell_of_gpu), -1)
     place_of_gpu[gpus] = np.arange(len(gpus))
     phases = []
-    for phase, floor in zip(layer.phases, at_least, strict=True):
-        _, cell_of_row = _local_rows(phase, cell_of_gpu)
-        pairs = np.flatnonzero(cell_of_row[phase.pair_row] == cell)
+    for phase, owner, floor in zip(layer.phases, cell_of_row, at_least, strict=True):
+        pairs = np.flatnonzero(owner[phase.pair_row] == cell)
         used, row = np.unique(phase.pair_row[pairs], return_inverse=True)
         rows = np.zeros((len(used), len(experts), len(gpus)))
         rows[row, :, place_of_gpu[phase.pair_gpu[pairs]]] = phase.extra[np.ix_(pairs, experts)]
@@ -137,13 +150,12 @@ def inner_terms(
     return _terms(layer, phases)
 
 
-def common_seconds(layer: LayerRows, cell_of_gpu: Ints, placement: Placement) -> list[float]:
+def common_seconds(layer: LayerRows, cell_of_row: list[Ints], placement: Placement) -> list[float]:
     """Return every phase's duration by the rows that no single cell owns, for ranks of experts."""
-    durations = []
-    for phase in layer.phases:
-        local, _ = _local_rows(phase, cell_of_gpu)
-        durations.append(float(phase.load(placement)[~local].max(initial=0.0)))
-    return durations
+    return [
+        float(phase.load(placement)[owner < 0].max(initial=0.0))
+        for phase, owner in zip(layer.phases, cell_of_row, strict=True)
+    ]
 
 
 def _local_rows(phase: PhaseRows, cell_of_gpu: Ints) -> tuple[npt.NDArray[np.bool_], Ints]:

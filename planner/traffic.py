@@ -174,6 +174,11 @@ def _check_drawable(counts: Floats, model: ModelSpec) -> None:
     )
 
 
+def usual_tokens(load: str, model: ModelSpec, num_ranks: int) -> int:
+    """Return the tokens of a rank and step where none are given; arguments of `make_traffic`."""
+    return make_traffic(load, model, num_ranks, None, 0).tokens_per_rank
+
+
 def _from_rule(
     name: str,
     arguments: str,

@@ -14,12 +14,20 @@ import numpy as np
 from epplan.errors import InfeasibleError
 
 from .cost import Placement
-from .levels import Effort, LayerPlacement, Limits, fill_cells, place_layer, run_program
+from .levels import (
+    Effort,
+    LayerPlacement,
+    Limits,
+    Report,
+    fill_cells,
+    place_layer,
+    run_program,
+)
 from .problem import Problem
 from .rows import Ints, LayerRows
 from .search import best_start
 from .set_bound import reach_bound
-from .set_levels import Report, SetTask
+from .set_levels import SetTask
 from .set_search import SetSearch
 from .terms import LayerTerms, cell_terms
 
@@ -104,7 +112,7 @@ def check_groups(problem: Problem, capacity: Ints) -> None:
 
 def start_with_groups(task: GroupTask) -> LayerPlacement:
     """Return groups in order on hosts in order, with the bound from single experts."""
-    placement = _filled(task, _in_order(task))
+    placement = _filled(task, _in_order(task), deadline=0.0)
     return LayerPlacement(
         placement=placement,
         seconds=task.seconds(placement),
@@ -127,7 +135,7 @@ def place_with_groups(
     """
     best = start
     terms = _group_terms(task)
-    name, hosts = best_start(terms, task.room, effort.seed)
+    name, hosts = best_start(terms, task.room, effort.seed, deadline=effort.deadline)
     best = _offered(task, best, hosts, f"{name} over groups", effort)
     report(best)
     if task.with_sets is not None:
@@ -139,9 +147,10 @@ def place_with_groups(
     best = _proven(best, max(terms.floor_s, best.free_bound_s or 0.0))
     report(best)
     if not best.is_done(effort.gap):
-        hosts, bound_s = run_program(terms, task.room, hosts, effort)
-        best = _offered(task, best, hosts, "integer program over groups", effort)
-        best = _proven(best, bound_s)
+        with run_program(terms, task.room, hosts, effort) as found:
+            best = _offered(task, best, found.placement, "integer program over groups", effort)
+            best = _proven(best, found.bound_s)
+            report(best)
     return best
 
 
@@ -173,16 +182,16 @@ def _group_terms(task: GroupTask) -> LayerTerms:
     return replace(terms, phases=tuple(phases))
 
 
-def _filled(task: GroupTask, hosts: Placement) -> Placement:
-    """Return GPUs of experts for hosts of groups, [groups]."""
+def _filled(task: GroupTask, hosts: Placement, deadline: float) -> Placement:
+    """Return GPUs of experts for hosts of groups, [groups], with swaps until `deadline`."""
     cells = hosts[task.group_of_expert]
-    return fill_cells(task.rows, task.host_of_gpu, task.capacity, Limits(), cells)
+    return fill_cells(task.rows, task.host_of_gpu, task.capacity, Limits(), cells, deadline)
 
 
 def _offered(
     task: GroupTask, best: LayerPlacement, hosts: Placement, found_by: str, effort: Effort
 ) -> LayerPlacement:
-    placement = _filled(task, hosts)
+    placement = _filled(task, hosts, effort.deadline)
     if task.with_sets is not None:
         search = SetSearch(task.with_sets.layer, placement, task.capacity, task.host_of_gpu)
         search.descend(lambda: not effort.left_s)

@@ -212,9 +212,14 @@ def test_unwritable_output_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_interrupt_exits_130_and_keeps_the_best_plan(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "epplan", "solve", "--topology", "hgx-h200-2", "--gap", "0"]
-    command += ["--model", "deepseek-v3", "--experts-per-gpu", "16", "--load", "lognormal:1,1"]
+SOLVED_IN_PROCESSES = "--topology hgx-h200-2 --model deepseek-v3 --experts-per-gpu 16"
+SOLVED_HERE = "--topology hgx-h100-4nic-4 --model qwen3-235b-a22b --layers 2 --experts-per-gpu 5"
+
+
+@pytest.mark.parametrize("problem", [SOLVED_IN_PROCESSES, SOLVED_HERE])
+def test_interrupt_exits_130_and_keeps_the_best_plan(tmp_path: Path, problem: str) -> None:
+    command = [sys.executable, "-m", "epplan", "solve", *problem.split(), "--gap", "0"]
+    command += ["--load", "lognormal:1,1"]
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [*command, "--json"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True

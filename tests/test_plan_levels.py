@@ -1,6 +1,8 @@
 """Placement by topology levels: cells, relaxations that bound, scale, processes."""
 
 import os
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.errors import EpplanError
+from epplan.planner.problem import Replication
 from epplan.planner.processes import run_in_processes
+from epplan.planner.program import sparse_row
 from epplan.planner.rows import RowBuilder
 from epplan.planner.solve import Solution, solve_placement
 from epplan.planner.terms import cell_terms
@@ -101,13 +105,67 @@ def test_same_seed_same_plan() -> None:
     assert first.bound_s == second.bound_s
 
 
-def test_processes_return_results_by_number() -> None:
-    results = dict(run_in_processes(pow, [(2, 3), (3, 3), (4, 3)], 2))
-    assert results == {0: 8, 1: 27, 2: 64}
+def power(base: int, exponent: int, report: Callable[[int], None]) -> int:
+    report(base)
+    return int(base**exponent)
+
+
+def stuck(name: str, report: Callable[[str], None]) -> None:
+    report(f"{name} so far")
+    if name != "quick":
+        time.sleep(600)
+
+
+def fail(message: str, report: Callable[[str], None]) -> None:
+    raise ValueError(message)
+
+
+def leave(code: int, report: Callable[[str], None]) -> None:
+    os._exit(code)
+
+
+def test_processes_return_results_by_number_and_what_is_reported_before() -> None:
+    results = list(run_in_processes(power, [(2, 3), (3, 3), (4, 3)], 2))
+    for number, base in enumerate((2, 3, 4)):
+        assert [value for task, value in results if task == number] == [base, base**3]
+
+
+def test_a_task_that_does_not_end_is_ended_and_keeps_what_it_reported() -> None:
+    began = time.monotonic()
+    results = list(run_in_processes(stuck, [("first",), ("quick",)], 1, limit_s=6))
+    assert results == [(0, "first so far"), (1, "quick so far"), (1, None)]
+    assert time.monotonic() - began < 60
 
 
 def test_a_failing_process_is_one_error() -> None:
-    with pytest.raises(EpplanError, match=r"a solver process failed: ZeroDivisionError"):
-        list(run_in_processes(divmod, [(1, 0)], 1))
+    with pytest.raises(EpplanError, match=r"a solver process failed: ValueError"):
+        list(run_in_processes(fail, [("no",)], 1))
     with pytest.raises(EpplanError, match="a solver process failed: EOFError"):
-        list(run_in_processes(os._exit, [(3,)], 1))
+        list(run_in_processes(leave, [(3,)], 1))
+
+
+@pytest.mark.parametrize("extra", [0, 16])
+def test_the_time_limit_holds_where_the_program_is_far_from_proven(extra: int) -> None:
+    """Dense rows once kept HiGHS's presolve busy for minutes, without a look at its limit."""
+    cluster = load_cluster("hgx-h100-4nic-4")
+    counts = random_counts(3, 2, 32, 96)
+    problem = tiny_problem(
+        counts, cluster=cluster, experts_per_gpu=4, replication=Replication(extra=extra)
+    )
+    solution = solve_placement(problem, gap=0, time_limit_s=3, seed=0, progress=lambda line: None)
+    assert solution.status == "limit"
+    assert solution.seconds < 3 + 3
+    assert 0 < solution.gap < 1
+
+
+def test_rows_of_the_program_hold_only_what_differs_between_cells() -> None:
+    builder = RowBuilder(tiny_problem(random_counts(3, 1, 16, 16), cluster=tiny_cluster((2,) * 8)))
+    rows, cells = builder.layer(0), builder.cells()
+    placement = np.random.default_rng(0).permutation(16)
+    for phase in cell_terms(rows, cells).phases:
+        for row in phase.rows:
+            constant, entries = sparse_row(row)
+            assert len(entries) <= row.size / 8
+            there = sum(more for e, c, more in entries if cells[placement[e]] == c)
+            dense = row[np.arange(16), cells[placement]].sum() * 1e6
+            assert constant + there == pytest.approx(dense, rel=1e-9)

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from epplan.errors import InputError
-from epplan.planner.rebalance import Floats, Rebalanced, rebalance
+from epplan.planner.balance_bound import least_maximum
+from epplan.planner.chains import Floats
+from epplan.planner.rebalance import Rebalanced, rebalance
 
 Shares = Literal["free", "equal"]
 
@@ -95,6 +97,28 @@ def test_close_to_the_optimum_of_tiny_cases(experts: int, slots: int, gpus: int,
     reached = float(rebalance(load[None], slots, gpus).gpu_load.max())
     assert reached >= best * (1 - 1e-9)
     assert reached <= best * 1.12  # greedy and swaps; exact wherever the replicas make one chain
+    bound = least_maximum(load, gpus, slots // gpus, slots)
+    assert best * 0.8 <= bound <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bound_holds_where_light_experts_fill_the_slots(seed: int) -> None:
+    load = np.random.default_rng(seed).lognormal(0, 0.2, 5)
+    load[0] *= 2 + seed / 2
+    assert least_maximum(load, 3, 2, 6) <= optimum(load, 6, 3) * (1 + 1e-9)
+
+
+def test_free_shares_are_not_worse_than_equal_ones_where_hot_experts_limit() -> None:
+    load = np.stack([np.random.default_rng(s).permutation(1 / np.arange(1, 257)) for s in range(4)])
+    free, equal = (rebalance(load, 288, 72, shares=shares).balance for shares in ("free", "equal"))
+    assert (free >= equal * (1 - 1e-9)).all()
+
+
+def test_zipf_cannot_be_balanced_better_than_it_is() -> None:
+    """Few copies: each further GPU of a hot expert fills its other slots with light ones."""
+    load = 1 / np.arange(1, 257)
+    bound = least_maximum(load, 72, 4, 288) / (load.sum() / 72)
+    assert 1.10 < bound < 1 / float(rebalance(load[None], 288, 72).balance[0]) < 1.01 * bound
 
 
 @pytest.mark.parametrize("gpus", [32, 72])

@@ -208,10 +208,11 @@ def test_memory_too_small_says_which_expert_which_gpu_and_how_many_bytes() -> No
     expert, layer, size, short = map(int, found.groups())
     assert size == model.expert_bytes
     assert 0 < short <= size
-    held = int(re.search(r"hold (\d+) experts; the model has 48 \(3 layers x 16\)", text)[1])  # type: ignore[index]
+    held = int(re.search(r"3 layers x 16 experts need 48 places; all 4 GPUs have (\d+)", text)[1])  # type: ignore[index]
     assert held == 16 * layer + expert  # all that came before it found room
     assert "h100-1/gpu0, where most is left, has" in text
-    assert "remedies:\n  1. use more GPUs: one holds" in text
+    assert "memory of 4 GPUs (h100-1/gpu0, h100-1/gpu1, h100-1/gpu2, ...): each may use" in text
+    assert "hint: keep fewer layers: --layers 1" in text  # one of more than one is not enough
 
 
 def test_even_capacity_leaves_no_gpu_over_its_memory() -> None:

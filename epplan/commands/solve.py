@@ -162,50 +162,71 @@ def _solve(
     seed: int,
 ) -> "tuple[list[Plan], bool]":
     """Return every group's plan, and whether Ctrl-C ended the search for a better one."""
+    from epplan.commands.remedies import with_remedies
+    from epplan.errors import InfeasibleError
     from epplan.output import talk
     from epplan.planner.assemble import assemble_plan
     from epplan.planner.group import choose_groups, group_size
     from epplan.planner.model import load_model
     from epplan.planner.objective import Objective
     from epplan.planner.problem import Replication, make_problem, needs_sets
+    from epplan.planner.remedies import Ask
     from epplan.planner.sharing import share_links, sharing_in_words, solve_groups
-    from epplan.planner.traffic import make_traffic, with_sets
+    from epplan.planner.traffic import make_traffic, usual_tokens, with_sets
     from epplan.quoting import command_line
     from epplan.topologies.sources import load_cluster
 
     cluster = load_cluster(topology, gpu_model)
     spec = load_model(model).with_overrides(experts=experts, layers=layers, scale=scale)
-    size = group_size(cluster, spec, ep, experts_per_gpu, num_groups, replicas)
-    traffic = make_traffic(load, spec, size, tokens, seed)
     together = needs_sets(transfer, experts_per_gpu)
-    if together:
-        traffic = with_sets(traffic, spec, seed)
-    groups = choose_groups(
-        cluster,
-        spec,
-        traffic,
-        experts_per_gpu,
-        num_groups=num_groups,
-        bounded=not (overlap or replicas or together),
-    )
     objective = Objective(overlap=overlap, worst=worst_windows)
     replication = Replication(
         extra=replicas, equal_shares=equal_shares, survive_hosts=1 if survive else 0
     )
-    alone = [
-        make_problem(
+    try:
+        size = group_size(cluster, spec, ep, experts_per_gpu, num_groups, replicas)
+        traffic = make_traffic(load, spec, size, tokens, seed)
+        if together:
+            traffic = with_sets(traffic, spec, seed)
+        groups = choose_groups(
             cluster,
-            gpus,
             spec,
             traffic,
             experts_per_gpu,
-            objective,
-            replication,
-            transfer=transfer,
-            keep_groups=keep_groups,
+            num_groups=num_groups,
+            bounded=not (overlap or replicas or together),
         )
-        for gpus in groups.gpus
-    ]
+        alone = [
+            make_problem(
+                cluster,
+                gpus,
+                spec,
+                traffic,
+                experts_per_gpu,
+                objective,
+                replication,
+                transfer=transfer,
+                keep_groups=keep_groups,
+            )
+            for gpus in groups.gpus
+        ]
+    except InfeasibleError as error:
+        most = len(cluster.gpus()) // num_groups
+        size = ep or max(1, min(most, spec.num_experts + replicas))
+        ask = Ask(
+            ep=size,
+            groups=num_groups,
+            experts_per_gpu=experts_per_gpu,
+            replicas=replicas,
+            survive=survive is not None,
+            tokens=tokens or usual_tokens(load, spec, size),
+            layers=spec.num_layers,
+            experts=spec.num_experts,
+            scale=scale or 1.0,
+        )
+        raise with_remedies(
+            error, ask, ep=ep, cluster=cluster, model=load_model(model), load=load, seed=seed
+        ) from None
     problems = share_links(alone)
     guessed = together and size * num_groups < len(cluster.gpus())
     solutions = solve_groups(
