@@ -21,8 +21,8 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from epplan.planner.balance_bound import least_maximum
 from epplan.planner.chains import Floats
+from epplan.planner.copies.balance_bound import least_maximum
 from epplan.planner.rebalance import Rebalanced, rebalance
 
 LAYERS, EXPERTS, SEEDS = 58, 256, 10

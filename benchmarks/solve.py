@@ -25,7 +25,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from epplan.planner.group import choose_groups
+from epplan.planner.groups.group import choose_groups
 from epplan.planner.model import AttentionSpec, ModelSpec
 from epplan.planner.problem import Replication, make_problem
 from epplan.planner.solve import Solution, solve_placement

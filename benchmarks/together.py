@@ -23,10 +23,10 @@ import numpy as np
 
 from epplan.planner.cost import Placement, evaluate_layer, one_copy
 from epplan.planner.model import AttentionSpec, ModelSpec
+from epplan.planner.placement.search import contiguous
 from epplan.planner.plan import TransferMode
 from epplan.planner.problem import Problem, make_problem
 from epplan.planner.routing_trace import from_topk, read_json_lines
-from epplan.planner.search import contiguous
 from epplan.planner.solve import solve_placement
 from epplan.planner.token_sets import Ints
 from epplan.planner.traffic import Traffic, make_traffic, with_sets

@@ -188,7 +188,7 @@ def _solve() -> float:
     """Return the optimum of a program of two binaries, of which one may be 1."""
     import pulp
 
-    from epplan.planner.highs import solve
+    from epplan.planner.placement.highs import solve
 
     program = pulp.LpProblem("doctor", pulp.LpMinimize)
     x, y = (program.add_variable(name, cat="Binary") for name in "xy")

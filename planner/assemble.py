@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import epplan
+from epplan.planner.placement.rows import RowBuilder
 from epplan.topologies.graph import Cluster, Nic
 from epplan.topologies.units import format_time
 
@@ -21,7 +22,6 @@ from .plan import (
     content_hash,
 )
 from .problem import MEMORY_HEADROOM, Problem
-from .rows import RowBuilder
 from .solve import LayerSolution, Solution
 from .traffic import Traffic
 

@@ -16,26 +16,39 @@ import numpy as np
 import numpy.typing as npt
 
 from epplan.errors import EpplanError
-
-from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
-from .highs import solve, solver_name
-from .levels import OPTIMAL_GAP, Effort, LayerPlacement, Report, Task, in_id_order, place_layer
-from .plan import Status
-from .problem import Problem, even_capacity, no_room_for_copies
-from .processes import run_in_processes
-from .program import MICROSECONDS, build_program
-from .replicas import (
+from epplan.planner.copies.replicas import (
     ReplicatedTask,
     bound_with_replicas,
     place_replicated,
     start_with_replicas,
 )
-from .rows import RowBuilder
-from .search import NoRoomError, contiguous
-from .set_levels import SetTask, place_with_sets, start_with_sets
-from .set_rows import SetRowBuilder
-from .terms import gpu_terms
-from .whole_groups import GroupTask, check_groups, place_with_groups, start_with_groups
+from epplan.planner.placement.highs import solve, solver_name
+from epplan.planner.placement.levels import (
+    OPTIMAL_GAP,
+    Effort,
+    LayerPlacement,
+    Report,
+    Task,
+    in_id_order,
+    place_layer,
+)
+from epplan.planner.placement.processes import run_in_processes
+from epplan.planner.placement.program import MICROSECONDS, build_program
+from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.search import NoRoomError, contiguous
+from epplan.planner.placement.terms import gpu_terms
+from epplan.planner.together.set_levels import SetTask, place_with_sets, start_with_sets
+from epplan.planner.together.set_rows import SetRowBuilder
+from epplan.planner.together.whole_groups import (
+    GroupTask,
+    check_groups,
+    place_with_groups,
+    start_with_groups,
+)
+
+from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
+from .plan import Status
+from .problem import Problem, even_capacity, no_room_for_copies
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epplan.errors import EpplanError
+from epplan.planner.moves.slot_transfers import Transfer, layer_transfers, local_slot
 from epplan.planner.plan import Plan
-from epplan.planner.slot_transfers import Transfer, layer_transfers, local_slot
 
 from .experts import MlpWeights, fingerprint
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.errors import EpplanError
+from epplan.planner.placement.processes import run_in_processes
+from epplan.planner.placement.program import sparse_row
+from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.terms import cell_terms
 from epplan.planner.problem import Replication
-from epplan.planner.processes import run_in_processes
-from epplan.planner.program import sparse_row
-from epplan.planner.rows import RowBuilder
 from epplan.planner.solve import Solution, solve_placement
-from epplan.planner.terms import cell_terms
 from epplan.planner.traffic import Floats
 from epplan.topologies.sources import load_cluster
 from tests.tiny import brute_force, price, random_counts, tiny_cluster, tiny_problem
@@ -74,7 +74,7 @@ def test_every_way_to_solve_agrees_with_brute_force(monkeypatch: pytest.MonkeyPa
     assert apart.objective_s == pytest.approx(best, rel=1e-6)
     assert apart.bound_s == pytest.approx(best, rel=1e-5)
     monkeypatch.setattr("epplan.planner.solve._PROCESSES_SIZE", 10**9)
-    monkeypatch.setattr("epplan.planner.levels._FLAT_SIZE", 0)
+    monkeypatch.setattr("epplan.planner.placement.levels._FLAT_SIZE", 0)
     by_hosts = solve(counts, gap=0)
     assert by_hosts.bound_s <= best * (1 + 1e-6)
     assert by_hosts.objective_s >= best * (1 - 1e-6)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from epplan.errors import InputError
-from epplan.planner.balance_bound import least_maximum
 from epplan.planner.chains import Floats
+from epplan.planner.copies.balance_bound import least_maximum
 from epplan.planner.rebalance import Rebalanced, rebalance
 
 Shares = Literal["free", "equal"]

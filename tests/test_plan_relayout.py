@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epplan.planner.moves.relayout import EMPTY, Floats, Ints, Layout, num_moves, price, relayout
+from epplan.planner.moves.slot_transfers import layer_transfers
 from epplan.planner.rebalance import rebalance
-from epplan.planner.relayout import EMPTY, Floats, Ints, Layout, num_moves, price, relayout
-from epplan.planner.slot_transfers import layer_transfers
 
 
 def present(random: np.random.Generator, experts: int, gpus: int, each: int) -> Layout:

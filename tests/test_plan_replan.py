@@ -13,14 +13,14 @@ import pytest
 
 from epplan.errors import InfeasibleError, InputError
 from epplan.planner.cost import one_copy
-from epplan.planner.neighbours import Neighbours
+from epplan.planner.groups.neighbours import Neighbours
+from epplan.planner.moves.repair import align, improve, least_moved
+from epplan.planner.moves.replan import Effort, Replanned, replan
+from epplan.planner.moves.survivors import surviving_gpus, surviving_ranks, surviving_traffic
 from epplan.planner.objective import Objective
+from epplan.planner.placement.rows import RowBuilder
 from epplan.planner.plan import Plan, plan_problems, read_plan
 from epplan.planner.problem import make_problem
-from epplan.planner.repair import align, improve, least_moved
-from epplan.planner.replan import Effort, Replanned, replan
-from epplan.planner.rows import RowBuilder
-from epplan.planner.survivors import surviving_gpus, surviving_ranks, surviving_traffic
 from epplan.planner.traffic import Floats, make_traffic
 from epplan.topologies.graph import Cluster
 from epplan.topologies.sources import load_cluster

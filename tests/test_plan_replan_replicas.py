@@ -7,16 +7,16 @@ from itertools import product
 import numpy as np
 import pytest
 
+from epplan.planner.copies.shares import best_shares
 from epplan.planner.cost import Shares, evaluate_layer, one_copy
+from epplan.planner.moves.recopy import least_moved_copies
+from epplan.planner.moves.repair import least_moved
+from epplan.planner.moves.replan import Effort, Replanned, replan
+from epplan.planner.moves.room import Copies, Held
+from epplan.planner.moves.survivors import surviving_ranks
+from epplan.planner.placement.rows import RowBuilder
 from epplan.planner.plan import Plan, plan_problems
 from epplan.planner.problem import Problem, Replication
-from epplan.planner.recopy import least_moved_copies
-from epplan.planner.repair import least_moved
-from epplan.planner.replan import Effort, Replanned, replan
-from epplan.planner.room import Copies, Held
-from epplan.planner.rows import RowBuilder
-from epplan.planner.shares import best_shares
-from epplan.planner.survivors import surviving_ranks
 from epplan.planner.traffic import Floats
 from tests.plans import bare_plan
 from tests.tiny import random_counts, tiny_cluster, tiny_model, tiny_problem, tiny_traffic

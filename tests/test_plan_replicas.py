@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.errors import InfeasibleError
+from epplan.planner.copies.counts import count_copies
+from epplan.planner.copies.shares import best_shares
 from epplan.planner.cost import Floats, Shares, evaluate_layer
-from epplan.planner.counts import count_copies
-from epplan.planner.group import choose_groups
+from epplan.planner.groups.group import choose_groups
+from epplan.planner.groups.sharing import share_links, solve_groups
 from epplan.planner.objective import Objective
+from epplan.planner.placement.rows import RowBuilder
 from epplan.planner.problem import Problem, Replication, make_problem
-from epplan.planner.rows import RowBuilder
-from epplan.planner.shares import best_shares
-from epplan.planner.sharing import share_links, solve_groups
 from epplan.planner.solve import Solution, solve_placement
 from epplan.topologies.graph import Gpu
 from tests.tiny import random_counts, tiny_cluster, tiny_model, tiny_problem, tiny_traffic

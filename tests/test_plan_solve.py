@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.errors import InfeasibleError
-from epplan.planner.highs import solve as run_highs
+from epplan.planner.placement.highs import solve as run_highs
+from epplan.planner.placement.program import build_program
+from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.search import best_start, contiguous
+from epplan.planner.placement.terms import cell_terms, gpu_terms
 from epplan.planner.problem import Problem, even_capacity, make_problem
-from epplan.planner.program import build_program
-from epplan.planner.rows import RowBuilder
-from epplan.planner.search import best_start, contiguous
 from epplan.planner.solve import Solution, solve_placement
-from epplan.planner.terms import cell_terms, gpu_terms
 from epplan.planner.traffic import make_traffic
 from epplan.topologies.sources import load_cluster
 from tests.tiny import (

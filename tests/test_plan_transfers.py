@@ -12,17 +12,17 @@ from epplan.errors import InfeasibleError, InputError
 from epplan.planner.assemble import assemble_plan
 from epplan.planner.cost import evaluate_layer, one_copy, rows_sent
 from epplan.planner.forwarding import entry_ranks, path_latency, through_islands
-from epplan.planner.levels import LayerPlacement
 from epplan.planner.objective import Objective
-from epplan.planner.pair_bound import Reach, coactivation, most_at_home, most_pairs
+from epplan.planner.placement.levels import LayerPlacement
 from epplan.planner.plan import TransferMode
 from epplan.planner.problem import Problem, Replication, make_problem
 from epplan.planner.routing_trace import from_topk
-from epplan.planner.set_rows import SetRowBuilder
-from epplan.planner.set_search import SetSearch
 from epplan.planner.simulate.copies import Choices
 from epplan.planner.simulate.transfers import make_library, transfer_profile
 from epplan.planner.solve import Solution, solve_placement
+from epplan.planner.together.pair_bound import Reach, coactivation, most_at_home, most_pairs
+from epplan.planner.together.set_rows import SetRowBuilder
+from epplan.planner.together.set_search import SetSearch
 from tests.tiny import all_placements, price, tiny_cluster
 from tests.tokens import random_tokens, token_model, token_problem, token_traffic
 
@@ -334,7 +334,7 @@ def test_ctrl_c_keeps_what_the_search_found(monkeypatch: pytest.MonkeyPatch) -> 
     def stopped(*_: object) -> LayerPlacement:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("epplan.planner.set_levels._shaken", stopped)
+    monkeypatch.setattr("epplan.planner.together.set_levels._shaken", stopped)
     solution = solve(problem)
     assert solution.interrupted
     assert solution.objective_s < solution.layers[0].contiguous_s * 0.95

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.planner.model import ModelSpec
+from epplan.planner.moves.slot_transfers import Transfer, layer_transfers
 from epplan.planner.plan import Plan
-from epplan.planner.slot_transfers import Transfer, layer_transfers
 from epplan.runtime import migrate
 from epplan.runtime.experts import MlpWeights, fingerprint
 from epplan.runtime.migrate import Experts, Migration, Moved, empty_like, schedule, with_layer_of

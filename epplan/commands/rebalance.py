@@ -8,9 +8,9 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from epplan.planner.next_plan import Replan
+    from epplan.planner.moves.next_plan import Replan
+    from epplan.planner.moves.slot_transfers import Transfer
     from epplan.planner.plan import Plan
-    from epplan.planner.slot_transfers import Transfer
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _MAX_TRANSFERS = 40  # rows of the printed table
@@ -42,7 +42,7 @@ def rebalance(plan: Path, counts: Path, output: Path, min_gain: float, as_json: 
     """
     from epplan.errors import InputError
     from epplan.output import print_json, print_tables, talk
-    from epplan.planner.next_plan import replan
+    from epplan.planner.moves.next_plan import replan
     from epplan.planner.plan import read_plan, write_plan
     from epplan.planner.traffic import make_traffic
     from epplan.quoting import command_line

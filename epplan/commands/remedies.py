@@ -1,7 +1,7 @@
 """Remedies for `epplan solve`: the options changed, and everything up to the solver tried again."""
 
 from epplan.errors import InfeasibleError, InputError
-from epplan.planner.group import choose_groups, group_size
+from epplan.planner.groups.group import choose_groups, group_size
 from epplan.planner.model import ModelSpec
 from epplan.planner.problem import Replication, room_for
 from epplan.planner.remedies import Ask, remedies

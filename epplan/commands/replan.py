@@ -12,8 +12,8 @@ from .solver_options import solver_options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from epplan.planner.moves.replan import Replanned
     from epplan.planner.plan import Plan
-    from epplan.planner.replan import Replanned
     from epplan.topologies.graph import Cluster
 
 ANY = "any"
@@ -75,8 +75,8 @@ def replan(plan: Path, output: Path, transfers: Path | None, as_json: bool, **op
     from epplan.errors import InputError
     from epplan.files import write_atomically
     from epplan.output import print_json, print_tables, talk
+    from epplan.planner.moves.transfers import transfers_json, transfers_text
     from epplan.planner.plan import read_plan, write_plan
-    from epplan.planner.transfers import transfers_json, transfers_text
 
     transfers = transfers or output.with_suffix(".transfers.json")
     for path in (output, transfers):
@@ -111,9 +111,9 @@ def _replan(
     gap: float,
     time_limit: float,
 ) -> "Replanned":
+    from epplan.planner.moves.replan import Effort, replan
+    from epplan.planner.moves.survivors import surviving_ranks, surviving_traffic
     from epplan.planner.objective import Objective
-    from epplan.planner.replan import Effort, replan
-    from epplan.planner.survivors import surviving_ranks, surviving_traffic
     from epplan.quoting import command_line
 
     budget = _extra_loads(extra, before)

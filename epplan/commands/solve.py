@@ -166,12 +166,12 @@ def _solve(
     from epplan.errors import InfeasibleError
     from epplan.output import talk
     from epplan.planner.assemble import assemble_plan
-    from epplan.planner.group import choose_groups, group_size
+    from epplan.planner.groups.group import choose_groups, group_size
+    from epplan.planner.groups.sharing import share_links, sharing_in_words, solve_groups
     from epplan.planner.model import load_model
     from epplan.planner.objective import Objective
     from epplan.planner.problem import Replication, make_problem, needs_sets
     from epplan.planner.remedies import Ask
-    from epplan.planner.sharing import share_links, sharing_in_words, solve_groups
     from epplan.planner.traffic import make_traffic, usual_tokens, with_sets
     from epplan.quoting import command_line
     from epplan.topologies.sources import load_cluster

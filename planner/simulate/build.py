@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epplan.errors import InputError
-from epplan.planner.group import choose_groups, group_size
+from epplan.planner.groups.group import choose_groups, group_size
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
 from epplan.planner.problem import needs_sets

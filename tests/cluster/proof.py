@@ -17,7 +17,7 @@ import numpy.typing as npt
 import yaml
 
 from epplan.planner.cost import Phase, Shares, evaluate_layer, one_copy, rows_between_ranks
-from epplan.planner.group import choose_groups, group_size
+from epplan.planner.groups.group import choose_groups, group_size
 from epplan.planner.model import AttentionSpec, ModelSpec, load_model
 from epplan.planner.plan import Plan, read_plan
 from epplan.planner.problem import Problem, make_problem

@@ -1,0 +1,1 @@
+"""Replicas: how many of which expert, where, and what share each takes."""

@@ -1,0 +1,191 @@
+"""Linear programs over shares: what any shares could reach, and the best ones of given copies.
+
+y[e,c] >= 0   share of expert e's rows in cell c (a GPU, or a host)
+t[p] >= 0     duration of phase p
+
+minimise      the layer's seconds, as in `program`
+all rows      sum over c of y[e,c] = 1
+room          sum over e of y[e,c] <= copies that fit in c
+resources     t[p] >= sum over e, c of row[e,c] y[e,c]   for every row of p
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+import pulp
+
+from epplan.planner.cost import Floats, Shares
+from epplan.planner.placement.highs import solve_linear
+from epplan.planner.placement.program import MICROSECONDS, add_objective
+from epplan.planner.placement.rows import Ints, LayerRows, PhaseRows
+from epplan.planner.placement.terms import LayerTerms
+
+_CONCENTRATE_S = 10.0  # a linear program of the size of one that was just solved
+LEAST_SHARE = 1e-3  # of an expert's rows on each of its copies: a copy that gets none is no copy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relaxed:
+    """Shares of experts in cells, with no limit on copies.
+
+    Attributes:
+        bound_s: no copies with any shares can be faster.
+        shares: that are as fast, in this relaxed form, [experts, cells].
+        durations: of the phases with these, in seconds.
+    """
+
+    bound_s: float
+    shares: Shares
+    durations: list[float]
+
+
+class Relaxation:
+    """The linear program over cells: any share of any expert anywhere.
+
+    Args:
+        terms: over cells.
+        floors: what every phase lasts at least, for other reasons.
+        room: copies that fit in every cell, [cells].
+    """
+
+    def __init__(self, terms: LayerTerms, floors: Sequence[float], room: Ints) -> None:
+        self._terms, self._floors, self._room = terms, floors, room
+
+    def solve(self, time_limit_s: float) -> Relaxed | None:
+        """Return the optimum; None if the time is over."""
+        lp, y, times = self._build([None] * len(self._floors))
+        lp.setObjective(pulp.LpAffineExpression(add_objective(lp, 0, self._terms, times)))
+        return self._solve(lp, y, times, time_limit_s)
+
+    def concentrate(
+        self, relaxed: Relaxed, pull: Floats, slack: float, time_limit_s: float
+    ) -> Relaxed | None:
+        """Return shares with less of `pull` [experts, cells], while phases last 1 + slack as long.
+
+        Slack leaves few rows at their limit, and as many experts are in several cells at most.
+        """
+        limits = [seconds * (1 + slack) for seconds in relaxed.durations]
+        lp, y, times = self._build(limits)
+        weights = [(share, float(pull[place])) for place, share in y.items()]
+        lp.setObjective(pulp.LpAffineExpression(weights))
+        return self._solve(lp, y, times, min(_CONCENTRATE_S, time_limit_s))
+
+    def _build(
+        self, limits: Sequence[float | None]
+    ) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable], list[pulp.LpVariable]]:
+        """Return the program without an objective, its shares and the durations of the phases."""
+        lp = pulp.LpProblem("shares", pulp.LpMinimize)
+        experts, cells = range(self._terms.num_experts), range(len(self._room))
+        y = {(e, c): lp.add_variable(f"y_{e}_{c}", lowBound=0) for e, c in product(experts, cells)}
+        for expert in experts:
+            lp += pulp.LpAffineExpression([(y[expert, cell], 1.0) for cell in cells]) == 1
+        for cell, most in enumerate(self._room.tolist()):
+            lp += pulp.LpAffineExpression([(y[expert, cell], 1.0) for expert in experts]) <= most
+        times = []
+        for number, (phase, floor) in enumerate(zip(self._terms.phases, self._floors, strict=True)):
+            limit = limits[number]
+            most_s = None if limit is None else limit * MICROSECONDS
+            time = lp.add_variable(f"t_{number}", lowBound=floor * MICROSECONDS, upBound=most_s)
+            # A latency has no rows: a share of a path is a lower bound on using it.
+            for row in phase.rows if len(phase.rows) else _one_row_an_expert(phase.alone):
+                # Not `sparse_row`: its optima round worse (zipf on 64 GPUs: 3 % instead of 1 %).
+                load = [
+                    (y[expert, cell], float(row[expert, cell] * MICROSECONDS))
+                    for expert, cell in np.argwhere(row > 0).tolist()
+                ]
+                lp += pulp.LpAffineExpression([*load, (time, -1.0)]) <= 0
+            times.append(time)
+        return lp, y, times
+
+    def _solve(
+        self,
+        lp: pulp.LpProblem,
+        y: dict[tuple[int, int], pulp.LpVariable],
+        times: list[pulp.LpVariable],
+        time_limit_s: float,
+    ) -> Relaxed | None:
+        least, values = solve_linear(lp, time_limit_s=time_limit_s)
+        if not values:
+            return None
+        shares = np.zeros((self._terms.num_experts, len(self._room)))
+        for place, variable in y.items():
+            shares[place] = max(0.0, values[variable.name])
+        return Relaxed(
+            bound_s=least / MICROSECONDS,
+            shares=shares,
+            durations=[values[time.name] / MICROSECONDS for time in times],
+        )
+
+
+def _one_row_an_expert(alone: Floats) -> Floats:
+    """Return rows [experts, experts, cells] that hold one expert each."""
+    rows = np.zeros((len(alone), *alone.shape))
+    rows[np.arange(len(alone)), np.arange(len(alone))] = alone
+    return rows
+
+
+def best_shares(rows: LayerRows, shares: Shares, time_limit_s: float) -> Shares:
+    """Return the best shares for the copies that `shares` [experts, gpus] has."""
+    copies = shares > 0
+    split = np.flatnonzero(copies.sum(axis=1) > 1)
+    lp = pulp.LpProblem("shares", pulp.LpMinimize)
+    y = {
+        (expert, gpu): lp.add_variable(f"y_{expert}_{gpu}", lowBound=LEAST_SHARE)
+        for expert in split.tolist()
+        for gpu in np.flatnonzero(copies[expert]).tolist()
+    }
+    for expert in split.tolist():
+        own = [(y[expert, gpu], 1.0) for gpu in np.flatnonzero(copies[expert]).tolist()]
+        lp += pulp.LpAffineExpression(own) == 1
+    fixed = np.where(np.isin(np.arange(len(shares)), split)[:, None], 0.0, shares)
+    times = [
+        _add_phase(lp, f"t_{number}", phase, y, fixed, copies)
+        for number, phase in enumerate(rows.phases)
+    ]
+    lp.setObjective(pulp.LpAffineExpression(add_objective(lp, 0, rows, times)))
+    _, values = solve_linear(lp, time_limit_s=time_limit_s)
+    if not values:
+        return shares
+    found = fixed.copy()
+    for (expert, gpu), variable in y.items():
+        found[expert, gpu] = max(values[variable.name], LEAST_SHARE)
+    found /= found.sum(axis=1, keepdims=True)
+    return found
+
+
+def _add_phase(
+    lp: pulp.LpProblem,
+    name: str,
+    phase: PhaseRows,
+    y: dict[tuple[int, int], pulp.LpVariable],
+    fixed: Shares,
+    copies: npt.NDArray[np.bool_],
+) -> pulp.LpVariable:
+    """Add a phase's time, bounded by the rows that the shares change; the others are constants."""
+    if not len(phase.base):
+        return lp.add_variable(name, lowBound=float(phase.alone[copies].max()) * MICROSECONDS)
+    whole = phase.per_copy[phase.pair_row][:, None]
+    at = np.where(whole, copies.T[phase.pair_gpu], fixed.T[phase.pair_gpu])
+    constant = phase.base.sum(axis=1)
+    np.add.at(constant, phase.pair_row, (phase.extra * at).sum(axis=1))
+    pairs_of_gpu: dict[int, Ints] = {}
+    loads: dict[int, list[tuple[pulp.LpVariable, float]]] = {}
+    for (expert, gpu), variable in y.items():
+        if gpu not in pairs_of_gpu:
+            of_traffic = ~phase.per_copy[phase.pair_row]
+            pairs_of_gpu[gpu] = np.flatnonzero((phase.pair_gpu == gpu) & of_traffic)
+        for pair in pairs_of_gpu[gpu].tolist():
+            seconds = float(phase.extra[pair, expert])
+            if seconds:
+                load = loads.setdefault(int(phase.pair_row[pair]), [])
+                load.append((variable, seconds * MICROSECONDS))
+    settled = np.isin(np.arange(len(constant)), list(loads), invert=True)
+    floor = constant[settled].max(initial=0.0)
+    time = lp.add_variable(name, lowBound=float(floor) * MICROSECONDS)
+    for row, load in loads.items():
+        rest = float(constant[row]) * MICROSECONDS
+        lp += pulp.LpAffineExpression([*load, (time, -1.0)]) <= -rest
+    return time

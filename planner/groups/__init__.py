@@ -1,0 +1,1 @@
+"""Which GPUs form the EP group, or several equal ones."""

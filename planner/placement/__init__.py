@@ -1,0 +1,1 @@
+"""One layer on its GPUs: linear rows, search, integer program by topology levels."""

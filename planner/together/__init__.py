@@ -1,0 +1,1 @@
+"""Where it matters which experts tokens choose together: search, program and bounds."""
