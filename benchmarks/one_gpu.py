@@ -22,12 +22,12 @@ from torch import Tensor
 
 from epplan.launcher.bench_options import BenchOptions
 from epplan.planner.model import load_model
-from epplan.runtime import experts
-from epplan.runtime.attend import attend
-from epplan.runtime.bench_jobs import one_rank_job
-from epplan.runtime.ceilings import device_seconds, measure_ceilings
-from epplan.runtime.experts import MlpWeights, mlp, run_experts
-from epplan.runtime.layers import Layer, MoeWeights, build_layers
+from epplan.runtime.layer import experts
+from epplan.runtime.layer.attend import attend
+from epplan.runtime.layer.experts import MlpWeights, mlp, run_experts
+from epplan.runtime.layer.layers import Layer, MoeWeights, build_layers
+from epplan.runtime.timing.bench_jobs import one_rank_job
+from epplan.runtime.timing.ceilings import device_seconds, measure_ceilings
 from epplan.runtime.weights import SeededWeights
 from tests.runtime_cases import make_plan
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from epplan.files import write_atomically
 from epplan.planner.model import load_model
 from epplan.runtime.calibrate import decode_by_products
-from epplan.runtime.norm import rms_norm
+from epplan.runtime.layer.norm import rms_norm
 
 CONTEXTS = (0, 128, 1024, 4096, 10000)
 Layer = Callable[[Tensor], Tensor]

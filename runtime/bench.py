@@ -19,12 +19,12 @@ from epplan.errors import EpplanError, InputError
 from epplan.files import write_atomically
 from epplan.launcher.bench_options import BenchOptions, bench_options
 from epplan.planner.plan import read_plan
+from epplan.runtime.baseline.pipeline_parallel import check_grid
+from epplan.runtime.timing.bench_jobs import parse_grid
+from epplan.runtime.timing.bench_result import bench_lines, bench_text
+from epplan.runtime.timing.bench_run import bench_rank
 
-from .bench_jobs import parse_grid
-from .bench_result import bench_lines, bench_text
-from .bench_run import bench_rank
 from .environment import choose_setting, num_local_ranks, num_threads, read_environment
-from .pipeline_parallel import check_grid
 
 _TIMEOUT = timedelta(minutes=10)
 

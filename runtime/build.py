@@ -3,20 +3,20 @@
 from math import ceil
 
 from epplan.planner.plan import Plan
+from epplan.runtime.dispatchers.alltoall import AllToAll
+from epplan.runtime.dispatchers.channel import Channel
+from epplan.runtime.dispatchers.dedup import Deduplicated
+from epplan.runtime.dispatchers.dispatch import Dispatcher, DispatcherKind
+from epplan.runtime.dispatchers.local import Local
+from epplan.runtime.dispatchers.padded import Padded, capacity_for
+from epplan.runtime.dispatchers.wire import Float8Wire, PlainWire, Wire
+from epplan.runtime.layer.layers import build_layers
 
-from .alltoall import AllToAll
-from .channel import Channel
 from .clock import PhaseClock
-from .dedup import Deduplicated
-from .dispatch import Dispatcher, DispatcherKind
-from .layers import build_layers
-from .local import Local
 from .model import ExpertParallelModel
 from .options import Options
-from .padded import Padded, capacity_for
 from .schedule import Choice
 from .weights import Weights
-from .wire import Float8Wire, PlainWire, Wire
 
 
 def build_model(

@@ -30,10 +30,10 @@ import yaml
 from torch import Tensor
 
 from epplan.files import write_atomically
+from epplan.runtime.layer.experts import MlpWeights, mlp
+from epplan.runtime.layer.norm import rms_norm
 
 from .clock import synchronize
-from .experts import MlpWeights, mlp
-from .norm import rms_norm
 
 ROWS = tuple(2**power for power in range(15))  # 1 to 16384
 POOL_BYTES = 2**30  # weights to rotate through: more than any cache

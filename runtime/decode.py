@@ -11,9 +11,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from epplan.runtime.dispatchers.dispatch import Counts, gather_counts
+from epplan.runtime.layer.kv_cache import KvCache
+
 from .clock import Place
-from .dispatch import Counts, gather_counts
-from .kv_cache import KvCache
 from .model import ExpertParallelModel, MicroBatch
 
 _WARM_UP = 3  # runs before recording: they compile kernels and make room for caches

@@ -6,7 +6,8 @@ Shapes: B sequences, S positions of the prompt, N new tokens.
 import torch
 from torch import Tensor
 
-from .head import Head
+from epplan.runtime.layer.head import Head
+
 from .model import ExpertParallelModel
 
 

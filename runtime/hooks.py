@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from epplan.runtime.checks.finite import FiniteCheck
+
 from .clock import Place
-from .finite import FiniteCheck
 
 
 def _nothing(place: Place) -> None:

@@ -18,13 +18,16 @@ from torch import Tensor
 from epplan.files import write_atomically
 from epplan.planner.plan import Plan
 from epplan.planner.traffic import MAX_WINDOWS, write_counts
+from epplan.runtime.balancing.monitor import expert_counts, measure_load
+from epplan.runtime.balancing.upkeep import Upkeep, Upkept
+from epplan.runtime.checks.verify import Verification, verify
+from epplan.runtime.checks.verify_gradients import verify_gradients
 
 from .build import build_model
 from .clock import PhaseClock, synchronize
 from .environment import Setting
 from .generate import generate
 from .model import ExpertParallelModel, Step
-from .monitor import expert_counts, measure_load
 from .options import Options
 from .progress import Progress, open_progress
 from .result import PhaseTime, Result
@@ -32,9 +35,6 @@ from .schedule import Choice, choose
 from .source import CheckpointSource, Source, open_source
 from .trace import trace_text
 from .training import Trainer
-from .upkeep import Upkeep, Upkept
-from .verify import Verification, verify
-from .verify_gradients import verify_gradients
 from .watchdog import At, Watchdog, say_nothing
 
 Gathered = TypeVar("Gathered")

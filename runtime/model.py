@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from epplan.planner.model import ModelSpec
+from epplan.runtime.balancing.balance import Outgoing, limited
+from epplan.runtime.dispatchers.dispatch import Counts, Dispatcher, Routed, Transfer, gather_counts
+from epplan.runtime.layer.attention import attention, attention_step
+from epplan.runtime.layer.experts import MlpWeights, mlp, run_experts, shared_mlp
+from epplan.runtime.layer.kv_cache import KvCache
+from epplan.runtime.layer.layers import Layer, MoeWeights
+from epplan.runtime.layer.norm import add_rms_norm
+from epplan.runtime.layer.router import route_tokens
 
-from .attention import attention, attention_step
-from .balance import Outgoing, limited
 from .clock import PhaseClock, Place
-from .dispatch import Counts, Dispatcher, Routed, Transfer, gather_counts
-from .experts import MlpWeights, mlp, run_experts, shared_mlp
 from .hooks import Hooks
-from .kv_cache import KvCache
-from .layers import Layer, MoeWeights
-from .norm import add_rms_norm
 from .pipeline import Point, Schedule, take_turns
-from .router import route_tokens
 
 _END = Place(-1, -1)  # of a step, after all layers
 

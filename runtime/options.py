@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .replicas import ReplicaChoice
+from epplan.runtime.dispatchers.replicas import ReplicaChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from epplan.planner.plan import Plan
-
-from .monitor import LayerBalance
-from .waits import Waits
+from epplan.runtime.balancing.monitor import LayerBalance
+from epplan.runtime.balancing.waits import Waits
 
 _MAX_RANKS = 16  # rows of the printed table
 _MAX_SEQUENCES = 4  # whose new tokens are printed

@@ -11,12 +11,12 @@ import torch
 from epplan.errors import InputError
 from epplan.planner.model import DTYPE_BYTES
 from epplan.planner.plan import Plan
+from epplan.runtime.dispatchers.dispatch import DispatcherKind
+from epplan.runtime.dispatchers.padded import capacity_for
+from epplan.runtime.dispatchers.replicas import ReplicaChoice, all_local
 
-from .dispatch import DispatcherKind
 from .options import Options
-from .padded import capacity_for
 from .pipeline import CPU_TURNS, GPU_TURNS, Schedule
-from .replicas import ReplicaChoice, all_local
 
 # One computes while the other's rows travel. Four shorten the unhidden first and last transfer, but
 # took two H200 5 to 14 % longer than two (docs/log.md): smaller products beside more transfers.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from epplan.errors import InputError
 from epplan.planner.model import ModelSpec
+from epplan.runtime.checkpoints.checkpoint import checkpoint_problems, open_checkpoint
+from epplan.runtime.layer.head import Head, build_head
 
-from .checkpoint import checkpoint_problems, open_checkpoint
 from .environment import Setting
-from .head import Head, build_head
 from .weights import SeededWeights, Weights, seeded_hidden, seeded_tokens
 
 

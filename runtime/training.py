@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epplan.planner.plan import Plan
+from epplan.runtime.layer.layers import MoeWeights
 
 from .clock import Place
-from .layers import MoeWeights
 from .model import ExpertParallelModel, Step
 from .options import Options
 from .weights import seeded_hidden

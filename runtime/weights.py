@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from epplan.planner.model import ModelSpec
-
-from .attention import attention_shapes
-from .experts import MlpWeights
+from epplan.runtime.layer.attention import attention_shapes
+from epplan.runtime.layer.experts import MlpWeights
 
 # Elements hashed at a time: in a core's cache, or enough to fill a GPU.
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}

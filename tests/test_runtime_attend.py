@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from epplan.runtime.attend import attend
-from epplan.runtime.kv_cache import KvCache
+from epplan.runtime.layer.attend import attend
+from epplan.runtime.layer.kv_cache import KvCache
 
 
 def naive(

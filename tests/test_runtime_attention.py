@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from epplan.planner.model import AttentionSpec, RopeScaling
-from epplan.runtime.attention import (
+from epplan.runtime.layer.attention import (
     attention,
     attention_shapes,
     attention_step,
 )
-from epplan.runtime.kv_cache import KvCache
+from epplan.runtime.layer.kv_cache import KvCache
 from tests.runtime_cases import REFERENCE
 
 HIDDEN = 20

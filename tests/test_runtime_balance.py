@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.planner.model import RouterSpec
-from epplan.runtime.balance import (
+from epplan.runtime.balancing.balance import (
     OutputChanges,
     capacity,
     limited,
     rows_within,
     updated_bias,
 )
-from epplan.runtime.router import route
+from epplan.runtime.layer.router import route
 
 
 def test_bias_rises_below_the_mean_and_falls_above() -> None:

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from epplan.errors import InputError
 from epplan.planner.model import ModelSpec
-from epplan.runtime.clock import PhaseClock
-from epplan.runtime.dense import run_dense
-from epplan.runtime.pipeline_parallel import (
+from epplan.runtime.baseline.pipeline_parallel import (
     Grid,
     PipelineParallelModel,
     check_grid,
 )
+from epplan.runtime.checks.dense import run_dense
+from epplan.runtime.clock import PhaseClock
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 from tests.fork_ranks import run_ranks
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE

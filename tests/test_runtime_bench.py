@@ -13,15 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import write_plan
-from epplan.runtime.bench_result import RankRun, phase_result
 from epplan.runtime.clock import PhaseClock
-from epplan.runtime.filled_cache import filled_cache
-from epplan.runtime.layers import build_layers
+from epplan.runtime.dispatchers.one_rank import OneRank
+from epplan.runtime.layer.filled_cache import filled_cache
+from epplan.runtime.layer.layers import build_layers
 from epplan.runtime.model import ExpertParallelModel
-from epplan.runtime.one_rank import OneRank
 from epplan.runtime.pipeline import NO_TURNS, Schedule
+from epplan.runtime.timing.bench_result import RankRun, phase_result
+from epplan.runtime.timing.workload import cache_bytes, step_flops, tensor_bytes
 from epplan.runtime.weights import SeededWeights, seeded_hidden
-from epplan.runtime.workload import cache_bytes, step_flops, tensor_bytes
 from tests.runtime_cases import MIXTRAL, QWEN, REFERENCE, make_plan
 
 pytestmark = pytest.mark.slow

@@ -19,11 +19,15 @@ from torch import Tensor
 from epplan.errors import InputError
 from epplan.planner.model import ModelSpec, load_model
 from epplan.planner.plan import Plan
-from epplan.runtime.checkpoint import CheckpointWeights, checkpoint_problems, open_checkpoint
-from epplan.runtime.families import FAMILIES
-from epplan.runtime.head import build_head
-from epplan.runtime.layers import build_layers
-from epplan.runtime.quantized import dequantize_fp8, dequantize_mxfp4
+from epplan.runtime.checkpoints.checkpoint import (
+    CheckpointWeights,
+    checkpoint_problems,
+    open_checkpoint,
+)
+from epplan.runtime.checkpoints.families import FAMILIES
+from epplan.runtime.checkpoints.quantized import dequantize_fp8, dequantize_mxfp4
+from epplan.runtime.layer.head import build_head
+from epplan.runtime.layer.layers import build_layers
 from tests.checkpoints import make_model, make_tokens, write_checkpoint
 from tests.fork_ranks import run_ranks
 from tests.runtime_cases import make_plan

@@ -6,17 +6,17 @@ from torch import Tensor
 
 from epplan.launcher.bench_options import BenchOptions
 from epplan.planner.model import AttentionSpec, ModelSpec, RouterSpec
-from epplan.runtime.adjacent import adjacent
-from epplan.runtime.attend import attend_cached
-from epplan.runtime.attention import attention, attention_step, join_projections
 from epplan.runtime.clock import PhaseClock
 from epplan.runtime.decode import DecodeGraph
-from epplan.runtime.filled_cache import filled_cache
-from epplan.runtime.kv_cache import KvCache
-from epplan.runtime.layers import build_layers
+from epplan.runtime.dispatchers.one_rank import OneRank
+from epplan.runtime.dispatchers.order import weighted_sum
+from epplan.runtime.layer.adjacent import adjacent
+from epplan.runtime.layer.attend import attend_cached
+from epplan.runtime.layer.attention import attention, attention_step, join_projections
+from epplan.runtime.layer.filled_cache import filled_cache
+from epplan.runtime.layer.kv_cache import KvCache
+from epplan.runtime.layer.layers import build_layers
 from epplan.runtime.model import ExpertParallelModel
-from epplan.runtime.one_rank import OneRank
-from epplan.runtime.order import weighted_sum
 from epplan.runtime.pipeline import NO_TURNS, Schedule
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 from tests.runtime_cases import REFERENCE, make_plan

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from epplan.runtime.alltoall import AllToAll
-from epplan.runtime.channel import Arriving, Channel
 from epplan.runtime.clock import PhaseClock, Place
-from epplan.runtime.dedup import Deduplicated
-from epplan.runtime.dispatch import Dispatcher, Routed, gather_counts
-from epplan.runtime.local import Local
-from epplan.runtime.padded import Padded, capacity_for
-from epplan.runtime.wire import Float8Wire, PlainWire
+from epplan.runtime.dispatchers.alltoall import AllToAll
+from epplan.runtime.dispatchers.channel import Arriving, Channel
+from epplan.runtime.dispatchers.dedup import Deduplicated
+from epplan.runtime.dispatchers.dispatch import Dispatcher, Routed, gather_counts
+from epplan.runtime.dispatchers.local import Local
+from epplan.runtime.dispatchers.padded import Padded, capacity_for
+from epplan.runtime.dispatchers.wire import Float8Wire, PlainWire
 from tests.fork_ranks import RankError, run_ranks
 
 RANKS = 16

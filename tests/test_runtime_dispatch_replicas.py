@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from epplan.planner.plan import Plan
-from epplan.runtime.replicas import ReplicaChoice, Replicas, all_local, replicas_of_rank
+from epplan.runtime.dispatchers.replicas import ReplicaChoice, Replicas, all_local, replicas_of_rank
 from tests.plans import bare_plan
 from tests.runtime_cases import MIXTRAL
 

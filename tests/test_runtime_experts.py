@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from epplan.runtime import experts
-from epplan.runtime.experts import MlpWeights, mlp, run_experts, stack_experts
+from epplan.runtime.layer import experts
+from epplan.runtime.layer.experts import MlpWeights, mlp, run_experts, stack_experts
 
 H, F = 16, 24
 BF16 = torch.bfloat16

@@ -10,11 +10,11 @@ from torch import Tensor
 from epplan.planner.model import load_model
 from epplan.planner.plan import Plan
 from epplan.runtime.build import build_model
-from epplan.runtime.checkpoint import checkpoint_problems, open_checkpoint
-from epplan.runtime.head import build_head
-from epplan.runtime.kv_cache import KvCache
+from epplan.runtime.checkpoints.checkpoint import checkpoint_problems, open_checkpoint
+from epplan.runtime.dispatchers.padded import Padded
+from epplan.runtime.layer.head import build_head
+from epplan.runtime.layer.kv_cache import KvCache
 from epplan.runtime.options import Options
-from epplan.runtime.padded import Padded
 from epplan.runtime.schedule import choose
 from tests.checkpoints import CASES, make_model, make_tokens, write_checkpoint
 from tests.fork_ranks import run_ranks

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from epplan.errors import InputError
-from epplan.runtime.metrics import PREFIX, LineLog, Metrics, Progress, served
-from epplan.runtime.monitor import Monitor, Window
-from epplan.runtime.waits import Waits
+from epplan.runtime.balancing.metrics import PREFIX, LineLog, Metrics, Progress, served
+from epplan.runtime.balancing.monitor import Monitor, Window
+from epplan.runtime.balancing.waits import Waits
 from tests.runtime_cases import REFERENCE, make_plan
 
 PLAN = make_plan(REFERENCE.with_overrides(layers=2, experts=4), 4)

@@ -14,9 +14,16 @@ from hypothesis import strategies as st
 from epplan.planner.model import ModelSpec
 from epplan.planner.moves.slot_transfers import Transfer, layer_transfers
 from epplan.planner.plan import Plan
-from epplan.runtime import migrate
-from epplan.runtime.experts import MlpWeights, fingerprint
-from epplan.runtime.migrate import Experts, Migration, Moved, empty_like, schedule, with_layer_of
+from epplan.runtime.balancing import migrate
+from epplan.runtime.balancing.migrate import (
+    Experts,
+    Migration,
+    Moved,
+    empty_like,
+    schedule,
+    with_layer_of,
+)
+from epplan.runtime.layer.experts import MlpWeights, fingerprint
 from epplan.runtime.weights import SeededWeights
 from tests.fork_ranks import RankError, run_ranks
 from tests.plans import bare_plan

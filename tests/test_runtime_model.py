@@ -12,16 +12,17 @@ from torch import Tensor
 
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
-from epplan.runtime import build, experts, router
+from epplan.runtime import build
 from epplan.runtime.build import build_model
-from epplan.runtime.dense import run_dense
+from epplan.runtime.checks.dense import run_dense
+from epplan.runtime.dispatchers.replicas import ReplicaChoice
 from epplan.runtime.environment import Setting
-from epplan.runtime.layers import Layer, MoeWeights, build_layers
+from epplan.runtime.layer import experts, router
+from epplan.runtime.layer.layers import Layer, MoeWeights, build_layers
+from epplan.runtime.layer.router import route
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
-from epplan.runtime.replicas import ReplicaChoice
 from epplan.runtime.result import Result
-from epplan.runtime.router import route
 from epplan.runtime.schedule import choose
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 from tests.fork_ranks import RankError, run_ranks

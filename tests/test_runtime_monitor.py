@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from epplan.planner.model import ModelSpec
+from epplan.runtime.balancing.monitor import Monitor, drift, measure_load
+from epplan.runtime.balancing.waits import STAGES, Key, WaitLog, Waits, find_waits
 from epplan.runtime.clock import PhaseClock, Place
-from epplan.runtime.monitor import Monitor, drift, measure_load
 from epplan.runtime.result import PhaseTime, Result, summary_lines
-from epplan.runtime.waits import STAGES, Key, WaitLog, Waits, find_waits
 from tests.fork_ranks import run_ranks
 from tests.plans import bare_plan
 from tests.runtime_cases import REFERENCE, make_plan

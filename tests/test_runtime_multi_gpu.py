@@ -18,11 +18,11 @@ from epplan.planner.plan import Plan
 from epplan.runtime.build import build_model
 from epplan.runtime.clock import Span
 from epplan.runtime.decode import GraphedDecode
+from epplan.runtime.dispatchers.padded import Padded
 from epplan.runtime.environment import Setting
-from epplan.runtime.filled_cache import filled_cache
+from epplan.runtime.layer.filled_cache import filled_cache
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
-from epplan.runtime.padded import Padded
 from epplan.runtime.schedule import choose
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 from tests.fork_ranks import fork_ranks, free_port

@@ -12,7 +12,7 @@ import torch
 from epplan.errors import InputError
 from epplan.planner.model import load_model
 from epplan.planner.plan import Plan, RankMemory, TransferMode
-from epplan.runtime.dispatch import DispatcherKind
+from epplan.runtime.dispatchers.dispatch import DispatcherKind
 from epplan.runtime.environment import Setting
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options

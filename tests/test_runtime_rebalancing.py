@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epplan.planner.plan import Plan
-from epplan.runtime.experts import MlpWeights
-from epplan.runtime.migrate import Experts, Migration, empty_like
-from epplan.runtime.monitor import Monitor, Window, measure_load
-from epplan.runtime.rebalancing import Rebalancing
+from epplan.runtime.balancing.migrate import Experts, Migration, empty_like
+from epplan.runtime.balancing.monitor import Monitor, Window, measure_load
+from epplan.runtime.balancing.rebalancing import Rebalancing
+from epplan.runtime.layer.experts import MlpWeights
 from epplan.runtime.weights import SeededWeights
 from tests.fork_ranks import run_ranks
 from tests.plans import bare_plan

@@ -7,7 +7,7 @@ import torch
 
 from epplan.planner.huggingface_rope import rope_fields, score_factor
 from epplan.planner.model import AttentionSpec
-from epplan.runtime.rope import half_split_order, make_rotation, rotate
+from epplan.runtime.layer.rope import half_split_order, make_rotation, rotate
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers")
 

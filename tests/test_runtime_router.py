@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from epplan.planner.model import RouterSpec
-from epplan.runtime.router import route, router_logits
+from epplan.runtime.layer.router import route, router_logits
 
 Oracle = Callable[[list[float], list[float]], dict[int, float]]
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.planner.model import RouterSpec
-from epplan.runtime.router import choose
-from epplan.runtime.routing_ties import choice_margin
+from epplan.runtime.checks.routing_ties import choice_margin
+from epplan.runtime.layer.router import choose
 
 FLAT = RouterSpec()
 GROUPED = RouterSpec(groups=4, topk_groups=2)

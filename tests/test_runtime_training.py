@@ -11,8 +11,8 @@ from torch import Tensor
 from epplan.errors import InputError
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
+from epplan.runtime.dispatchers.flight import Flight
 from epplan.runtime.environment import Setting
-from epplan.runtime.flight import Flight
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
 from epplan.runtime.result import Result

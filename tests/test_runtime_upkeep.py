@@ -16,18 +16,18 @@ import torch.distributed as dist
 from epplan.errors import EpplanError, PeerError
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan, write_plan
+from epplan.runtime.balancing.monitor import measure_load
+from epplan.runtime.balancing.upkeep import Upkeep
 from epplan.runtime.build import build_model
+from epplan.runtime.checks.verify import verify
 from epplan.runtime.environment import Setting
-from epplan.runtime.layers import MoeWeights
+from epplan.runtime.layer.layers import MoeWeights
 from epplan.runtime.measure import run_rank
 from epplan.runtime.model import ExpertParallelModel
-from epplan.runtime.monitor import measure_load
 from epplan.runtime.options import Options
 from epplan.runtime.result import Result
 from epplan.runtime.schedule import choose
 from epplan.runtime.source import Source, open_source
-from epplan.runtime.upkeep import Upkeep
-from epplan.runtime.verify import verify
 from tests.fork_ranks import RankError, run_ranks
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 

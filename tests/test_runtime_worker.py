@@ -97,7 +97,7 @@ def test_no_verify(plan: Path, tmp_path: Path) -> None:
 def test_a_wrong_run_fails_with_its_result_written(
     plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("epplan.runtime.experts.mlp", lambda rows, weights: rows * 0)
+    monkeypatch.setattr("epplan.runtime.layer.experts.mlp", lambda rows, weights: rows * 0)
     path = tmp_path / "result.json"
     ended = launch(plan, "--result", path)
     assert [code for code, _, _ in ended] == [1, 0, 0, 0]

@@ -81,8 +81,8 @@ def bench(
 
 def _bench_one_rank(path: Path, options: BenchOptions, as_json: bool) -> None:
     from epplan.planner.plan import read_plan
-    from epplan.runtime.bench_result import bench_lines
-    from epplan.runtime.bench_run import bench_one_rank
+    from epplan.runtime.timing.bench_result import bench_lines
+    from epplan.runtime.timing.bench_run import bench_one_rank
 
     result = bench_one_rank(read_plan(path), options)
     if as_json:

@@ -1,0 +1,1 @@
+"""Between steps: load and waits, and balancing that keeps or changes outputs."""

@@ -1,0 +1,1 @@
+"""The same weights as tensor and pipeline parallelism."""

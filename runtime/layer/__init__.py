@@ -1,0 +1,1 @@
+"""What a layer is made of: norms, attention with its cache, router, experts."""

@@ -1,0 +1,1 @@
+"""What `epplan bench` times, and the ceilings beside it."""
