@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO ?= build/demo
+# Few at a time: some tests start 16 ranks.
+SIDE_BY_SIDE := -q -n auto --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -23,10 +25,10 @@ demo: $(READY)
 	$(BIN)/epplan launch $(DEMO)/plan.json --to local
 
 test: $(READY)
-	$(BIN)/pytest -q
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 test-all: $(READY)
-	$(BIN)/pytest -q --slow
+	$(BIN)/pytest $(SIDE_BY_SIDE) --slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -216,7 +216,9 @@ SOLVED_IN_PROCESSES = "--topology hgx-h200-2 --model deepseek-v3 --experts-per-g
 SOLVED_HERE = "--topology hgx-h100-4nic-4 --model qwen3-235b-a22b --layers 2 --experts-per-gpu 5"
 
 
-@pytest.mark.parametrize("problem", [SOLVED_IN_PROCESSES, SOLVED_HERE])
+@pytest.mark.parametrize(
+    "problem", [pytest.param(SOLVED_IN_PROCESSES, marks=pytest.mark.slow), SOLVED_HERE]
+)
 def test_interrupt_exits_130_and_keeps_the_best_plan(tmp_path: Path, problem: str) -> None:
     command = [sys.executable, "-m", "epplan", "solve", *problem.split(), "--gap", "0"]
     command += ["--load", "lognormal:1,1"]

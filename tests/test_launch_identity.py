@@ -129,7 +129,8 @@ def start(rank: int, hosts: list[str], variables: dict[str, str], plan: Path) ->
     from epplan.runtime.worker import main
 
     own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "EPPLAN_HOST": hosts[rank]}
-    os.environ.update(variables | own)
+    # One thread: OpenMP's of a parent that has used them do not survive the fork.
+    os.environ.update(variables | own | {"OMP_NUM_THREADS": "1"})
     stderr = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
         try:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from epplan.errors import InfeasibleError, InputError
 from epplan.planner.groups.choice_bound import choice_bound
 from epplan.planner.groups.group import choose_groups, group_size
+from epplan.planner.groups.pool import make_pool
 from epplan.planner.groups.sharing import share_links, sharing_in_words, solve_groups
-from epplan.planner.placement.pool import make_pool
 from epplan.planner.problem import make_problem
 from epplan.planner.solve import solve_placement
 from epplan.planner.traffic import Floats, make_traffic

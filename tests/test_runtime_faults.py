@@ -73,7 +73,7 @@ def failing_launch(
     return caught.value, seconds
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [(0, 4), (11, 16)])
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 4), pytest.param(11, 16, marks=pytest.mark.slow)])
 def test_a_killed_rank(
     folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int
 ) -> None:

@@ -51,8 +51,9 @@ import numpy as np
 import numpy.typing as npt
 
 from epplan.planner.model import ModelSpec
-from epplan.planner.placement.pool import Floats, Ints, Level, Pool
 from epplan.topologies.hardware import hardware
+
+from .pool import Floats, Ints, Level, Pool
 
 _PRECISION = 1e-4  # of the bisection; the lower end is the bound
 _ROUNDING = 1e-9

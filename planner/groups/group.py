@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from epplan.errors import InfeasibleError, InputError
 from epplan.planner.model import ModelSpec
-from epplan.planner.placement.pool import Pool, make_pool
 from epplan.planner.problem import fixed_memory, slots_left
 from epplan.planner.traffic import Traffic
 from epplan.topologies.graph import Cluster, Gpu
@@ -16,6 +15,7 @@ from .choice_bound import choice_bound
 from .group_price import Pricer
 from .group_search import Found, gpus_of, search_groups
 from .group_trial import try_groups
+from .pool import Pool, make_pool
 
 _SAME = 1 + 1e-3  # prices closer than this are equal
 

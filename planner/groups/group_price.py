@@ -13,8 +13,9 @@ import numpy.typing as npt
 from scipy.sparse import csc_array
 
 from epplan.planner.model import ModelSpec
-from epplan.planner.placement.pool import Direction, Floats, Ints, Pool
 from epplan.topologies.routes import Routes
+
+from .pool import Direction, Floats, Ints, Pool
 
 _UNUSED = 1e-9  # of the largest load on a link: less is rounding
 

@@ -12,10 +12,10 @@ from itertools import product
 
 import numpy as np
 
-from epplan.planner.placement.pool import Pool
 from epplan.topologies.graph import Gpu
 
 from .group_price import GroupLoad, Price, Pricer
+from .pool import Pool
 
 _STARTS = 3  # best line-ups that are improved
 _WORK = 1e7  # flows x prices of one descent

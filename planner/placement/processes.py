@@ -21,7 +21,7 @@ from epplan.errors import EpplanError
 
 Result = TypeVar("Result")
 
-_PROGRAM = "from .processes import serve; serve()"
+_PROGRAM = "from epplan.planner.placement.processes import serve; serve()"
 
 
 def run_in_processes(
