@@ -53,6 +53,7 @@ from .problem import Problem, even_capacity, no_room_for_copies
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
 _QUICK_S = 2.0  # time for a layer from which a first pass over all layers is worth it
+_SHARE_OF_TURN = 0.9  # layers end a little after their time, and the last must have a turn too
 _GRACE_S = 3.0  # a solver that has not looked at the clock for so long is ended
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
@@ -223,7 +224,7 @@ class _Work:
                 take(layer, function(*task, effort, share_s, partial(take, layer)))
             return
         layers, workers = list(tasks), min(len(tasks), os.cpu_count() or 1)
-        budget_s = effort.left_s * workers / len(tasks)
+        budget_s = _SHARE_OF_TURN * effort.left_s * workers / len(tasks)
         arguments = [(*tasks[layer], effort, budget_s) for layer in layers]
         patience_s = budget_s + _GRACE_S
         for number, better in run_in_processes(function, arguments, workers, patience_s):
