@@ -108,17 +108,21 @@ def test_where_there_is_room_to_survive_a_host_a_plan_is_found(
 CASES = [
     "--topology dgx-h100-2 --model reference --experts 32",
     "--topology dgx-h100-2 --model reference --replicas 30 --experts-per-gpu 2",
-    "--topology dgx-h100-2 --model reference --ep 8 --groups 2",
     "--topology mixed-h100-h200 --model reference --replicas 4 --survive 1-host"
     " --experts-per-gpu 3",
-    "--topology dgx-h100-2 --model reference --replicas 16 --survive 1-host --experts-per-gpu 2"
-    " --ep 8",
     "--topology mixed-h100-h200 --model reference --tokens 300000",
     "--topology cpu-16 --model reference",
 ]
+LONG_CASES = [  # many remedies, each a command of its own
+    "--topology dgx-h100-2 --model reference --ep 8 --groups 2",
+    "--topology dgx-h100-2 --model reference --replicas 16 --survive 1-host --experts-per-gpu 2"
+    " --ep 8",
+]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG_CASES)]
+)
 def test_every_remedy_helps_when_applied(tmp_path: Path, case: str) -> None:
     fixed = ["--time-limit", "0.1", "-o", str(tmp_path / "plan.json")]
     with pytest.raises(InfeasibleError) as caught:
