@@ -104,6 +104,7 @@ def _overlap(kept: Kept) -> Iterator[Fields]:
                 "what": "decode",
                 "model": model,
                 "how": both[0]["how"],
+                "graph": expert["graph"],
                 "ms": expert["step_s"] * 1e3,
                 "tp_ms": tensor["step_s"] * 1e3,
                 "tp_over_ep": tensor["step_s"] / expert["step_s"],
@@ -115,7 +116,7 @@ def _overlap_of(overlapped: Any, serial: Any, alone: Any, tensor: Any) -> Fields
     together, apart = _phase(overlapped)["step_s"], _phase(serial)["step_s"]
     transfers = sum(_phase(serial)["transfers"].values())
     computing = apart - transfers
-    longer = max(computing, transfers)
+    shorter = min(computing, transfers)  # what can be hidden under the other
     return {
         "how": overlapped["how"],
         "device": overlapped["device"],
@@ -125,7 +126,7 @@ def _overlap_of(overlapped: Any, serial: Any, alone: Any, tensor: Any) -> Fields
         "transfers_ms": transfers * 1e3,
         "rest_ms": computing * 1e3,
         "one_rank_without_transfers_ms": _phase(alone)["step_s"] * 1e3,
-        "hidden_share": (apart - together) / (apart - longer),  # 1: the longer part alone is left
+        "hidden_share": (apart - together) / shorter,  # 1: the longer part alone is left
         "gemm_share": _phase(overlapped)["gemm_share"],
         "tp_ms": _phase(tensor)["step_s"] * 1e3,
         "tp_how": tensor["how"],
@@ -144,18 +145,22 @@ def _predicted(kept: Kept) -> Iterator[Fields]:
             if (documents := kept.all(*names)) is None:
                 continue
             bench, before, after = _phase(documents[0]), documents[1], documents[2]
-            transfers = sum(bench["transfers"].values())
-            yield {
+            line = {
                 "what": "predicted over measured",
                 "model": model,
                 "phase": bench["phase"],
+                "graph": bench["graph"],
                 "measured_ms": bench["step_s"] * 1e3,
                 "step": before["step_s"] / bench["step_s"],
                 "step_calibrated": after["step_s"] / bench["step_s"],
-                "measured_transfers_ms": transfers * 1e3,
-                "transfers": before["transfer_s"] / transfers,
-                "transfers_calibrated": after["transfer_s"] / transfers,
             }
+            if transfers := sum(bench["transfers"].values()):  # a graph has no marks
+                line |= {
+                    "measured_transfers_ms": transfers * 1e3,
+                    "transfers": before["transfer_s"] / transfers,
+                    "transfers_calibrated": after["transfer_s"] / transfers,
+                }
+            yield line
 
 
 def _skew(kept: Kept) -> Iterator[Fields]:

@@ -1,6 +1,6 @@
 """Run one rank's part of the model: warm up, time, verify, and put the result together.
 
-Shapes: B sequences per rank, S positions, H hidden size, L MoE layers, W ranks, E experts.
+Shapes: B sequences per rank, S positions, H hidden size, L MoE layers, E experts, W ranks.
 """
 
 import time
@@ -96,7 +96,8 @@ def run_rank(
         upkept = upkeep.finish()
         timings = _gather(timed.timing, rank, plan.world_size)
         if options.counts is not None and rank == 0:
-            write_counts(options.counts, torch.stack(timed.counts_LWE).numpy())
+            counts_LWE = [expert_counts(*of_step) for of_step in timed.counts]
+            write_counts(options.counts, torch.stack(counts_LWE).numpy())
         if options.trace is not None:
             spans = _gather(model.clock.spans(), rank, plan.world_size)
             if spans is not None:
@@ -148,10 +149,10 @@ def _verify(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Timed:
-    """The last step, the plan it used, the rows of the last steps, and the time of each."""
+    """The last step, the plan it used, and the time of each."""
 
     step: Step
-    counts_LWE: list[Tensor]
+    counts: list[tuple[Plan, Tensor]]  # of the last steps, with the plan each used
     plan: Plan
     timing: RankTiming
 
@@ -166,7 +167,7 @@ def _time_steps(
 ) -> _Timed:
     times: list[float] = []
     phases: list[dict[str, float]] = []
-    counts_LWE: deque[Tensor] = deque(maxlen=MAX_WINDOWS)
+    counts: deque[tuple[Plan, Tensor]] = deque(maxlen=MAX_WINDOWS)
     reran = 0
     for number in steps:
         upkeep.before_step()
@@ -180,10 +181,10 @@ def _time_steps(
         phases.append(clock.seconds())
         reran += step.reran
         upkeep.after_step(step, times[-1])
-        counts_LWE.append(expert_counts(plan, step.counts_LWWP))
+        counts.append((plan, step.counts_LWWP))
         progress.finish(number)
     timing = RankTiming(steps=times, phases=phases, reran=reran)
-    return _Timed(step=step, counts_LWE=list(counts_LWE), plan=plan, timing=timing)
+    return _Timed(step=step, counts=list(counts), plan=plan, timing=timing)
 
 
 def _gather(own: Gathered, rank: int, world_size: int) -> list[Gathered] | None:

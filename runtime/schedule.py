@@ -28,7 +28,7 @@ _ROWS_OF_AN_EXPERT = 512
 # the host costs about that once launches are counted. An estimate, not measured between GPUs.
 _PADDING_BYTES = 4 << 20
 # A step of padded rows fits into a CUDA graph. Without one a decode step of 4 layers took two
-# H200 9 to 18 ms, most of it for starting kernels (docs/log.md): some milliseconds a layer.
+# H200 11 to 24 ms, most of it for starting kernels (docs/log.md): some milliseconds a layer.
 _PADDING_BYTES_OF_GRAPH = 32 << 20
 _ACTIVATION_SHARE = 0.5  # of the memory the plan leaves free
 _SKEW = 2.0  # rows of the busiest rank over the mean, for memory
