@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.errors import InputError
-from epplan.planner.cost import evaluate_layer, one_copy, transfer_cost
+from epplan.planner.cost import evaluate_layer, one_copy
 from epplan.planner.model import ModelSpec, RouterSpec
 from epplan.planner.simulate.copies import (
     Choices,
@@ -25,6 +25,7 @@ from epplan.planner.simulate.transfers import (
 from epplan.planner.simulate.whatif import with_nics
 from epplan.topologies.routes import find_routes
 from epplan.topologies.sources import load_cluster
+from epplan.topologies.transfer_cost import transfer_cost
 from tests.tiny import random_counts, tiny_cluster, tiny_model, tiny_problem
 
 NODE_CLUSTER = "2x4:h100,nic=4x400Gb/s"

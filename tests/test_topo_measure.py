@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from epplan.errors import InputError
-from epplan.planner.cost import transfer_cost
 from epplan.planner.model import AttentionSpec, ModelSpec
 from epplan.planner.plan import Plan, write_plan
 from epplan.runtime.environment import Setting
@@ -22,6 +21,7 @@ from epplan.topologies.graph import Cluster
 from epplan.topologies.measure import LinkTimes, Measurement, fit, measure, parse_times
 from epplan.topologies.routes import find_routes
 from epplan.topologies.sources import load_cluster
+from epplan.topologies.transfer_cost import transfer_cost
 from tests.fork_ranks import run_ranks
 from tests.plans import bare_plan
 from tests.test_topo_live import epplan

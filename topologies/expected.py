@@ -7,11 +7,10 @@ from statistics import median
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from .hardware import hardware
 from .host_paths import PATH_TYPES
 from .routes import Routes
+from .transfer_cost import transfer_cost
 
 Point = tuple[int, float]  # bytes, seconds
 Pair = tuple[int, int]  # numbers of two GPUs in the routes
@@ -48,7 +47,7 @@ def compare_pairs(routes: Routes, pairs: dict[Pair, list[Point]]) -> Iterator[Co
             transfers="pairs",
             bytes=size,
             measured_s=median(all_seconds),
-            expected_s=_seconds(routes, sent),
+            expected_s=transfer_cost(routes, sent).seconds,
         )
 
 
@@ -62,12 +61,5 @@ def compare_all_to_all(routes: Routes, points: Iterable[Point]) -> Iterator[Comp
             transfers="all-to-all",
             bytes=size,
             measured_s=seconds,
-            expected_s=_seconds(routes, others * (size / (len(routes.gpus) - 1))),
+            expected_s=transfer_cost(routes, others * (size / (len(routes.gpus) - 1))).seconds,
         )
-
-
-def _seconds(routes: Routes, sent: npt.NDArray[np.float64]) -> float:
-    """Return start + worst link + longest path, as the planner prices a transfer."""
-    busy_s = routes.bytes_per_resource(sent) / routes.capacity
-    latency_s = routes.latency_s[sent > 0].max(initial=0.0)
-    return float(hardware().latency["base"] + latency_s + busy_s.max(initial=0.0))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from epplan.planner.cost import TransferCost
 from epplan.planner.token_sets import TokenSets
+from epplan.topologies.transfer_cost import TransferCost
 
 from . import compute
 from .compute import Part

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from epplan.planner.cost import TransferCost
 from epplan.topologies.routes import Routes
+from epplan.topologies.transfer_cost import TransferCost
 
 from .events import Ints, Task
 from .work import Work

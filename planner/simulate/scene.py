@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from epplan.errors import InputError
-from epplan.planner.cost import TransferCost
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import TransferMode
 from epplan.planner.token_sets import TokenSets
 from epplan.topologies.graph import Gpu
 from epplan.topologies.routes import Routes
+from epplan.topologies.transfer_cost import TransferCost
 
 from .device import Device
 from .transfers import TransferProfile, WireDtype

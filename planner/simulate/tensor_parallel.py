@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from epplan.planner.cost import TransferCost, transfer_cost
+from epplan.topologies.transfer_cost import TransferCost, transfer_cost
 
 from . import compute
 from .compute import Part

@@ -1,7 +1,7 @@
 """Transfer profiles: how a communication library moves a layer's tokens over the evaluator's links.
 
 A profile says what is sent (`copies`, bytes a row), what a link gives the library, and what a
-transfer costs beside bytes. Seconds come from `planner.cost.transfer_cost` alone:
+transfer costs beside bytes. Seconds come from `topologies.transfer_cost` alone:
 
     t = max(floor, start + max over resources of bytes / capacity)
 
@@ -24,13 +24,13 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from epplan.errors import InputError
-from epplan.planner.cost import TransferCost, transfer_cost
 from epplan.planner.forwarding import path_latency
 from epplan.planner.model import DTYPE_BYTES
 from epplan.planner.plan import TransferMode
 from epplan.topologies.hardware import hardware
 from epplan.topologies.host_paths import PATH_TYPES
 from epplan.topologies.routes import Routes
+from epplan.topologies.transfer_cost import TransferCost, transfer_cost
 from epplan.topologies.units import parse_bandwidth, parse_time
 
 from .copies import Choices, Copies, Floats, sent_copies
