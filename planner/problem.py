@@ -98,6 +98,16 @@ class Problem:
         return latency_s
 
     @property
+    def hosts(self) -> list[str]:
+        """The group's hosts, in rank order."""
+        return _hosts(self.gpus)
+
+    @property
+    def host_of_gpu(self) -> npt.NDArray[np.intp]:
+        """Number of every GPU's host in `hosts`, [ranks]."""
+        return _host_of_gpu(self.gpus)
+
+    @property
     def copies_per_layer(self) -> int:
         """Copies of all experts of a layer, replicas included."""
         return self.model.num_experts + self.replication.extra
@@ -162,6 +172,15 @@ def needs_sets(transfer: TransferMode, experts_per_gpu: int) -> bool:
     With one expert a GPU a row per (token, rank) is a row per (token, expert).
     """
     return transfer == "node-dedup" or (transfer == "direct" and experts_per_gpu > 1)
+
+
+def _hosts(gpus: tuple[Gpu, ...]) -> list[str]:
+    return list(dict.fromkeys(gpu.host for gpu in gpus))
+
+
+def _host_of_gpu(gpus: tuple[Gpu, ...]) -> npt.NDArray[np.intp]:
+    hosts = _hosts(gpus)
+    return np.array([hosts.index(gpu.host) for gpu in gpus], dtype=np.intp)
 
 
 def _free_bytes(use: RankMemory) -> int:
@@ -234,7 +253,6 @@ def room_for(
     replication: Replication,
 ) -> Room:
     """Return what is to be placed, and the room for it; arguments of `make_problem`."""
-    hosts = list(dict.fromkeys(gpu.host for gpu in gpus))
     return Room(
         layers=model.num_moe_layers,
         experts=model.num_experts,
@@ -242,7 +260,7 @@ def room_for(
         survive=bool(replication.survive_hosts),
         experts_per_gpu=experts_per_gpu,
         slots=slots_left(fixed_memory(gpus, model, traffic, experts_per_gpu), model),
-        host=np.array([hosts.index(gpu.host) for gpu in gpus]),
+        host=_host_of_gpu(gpus),
     )
 
 

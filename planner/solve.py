@@ -38,7 +38,7 @@ from epplan.planner.placement.rows import RowBuilder
 from epplan.planner.placement.search import NoRoomError, contiguous
 from epplan.planner.placement.terms import gpu_terms
 from epplan.planner.together.set_levels import SetTask, place_with_sets, start_with_sets
-from epplan.planner.together.set_rows import SetRowBuilder
+from epplan.planner.together.set_rows import SetLayer, SetRowBuilder
 from epplan.planner.together.whole_groups import (
     GroupTask,
     check_groups,
@@ -166,8 +166,11 @@ class _Work:
         self.progress = progress
         self.cells = builder.cells()
         self.same_as = _equal_layers(problem)
-        self.set_builder = None if problem.sets is None else SetRowBuilder(problem)
         self.rows = {layer: builder.layer(layer) for layer in sorted(set(self.same_as))}
+        self.sets: dict[int, SetLayer] = {}
+        if problem.sets is not None:
+            of_sets = SetRowBuilder(problem)
+            self.sets = {layer: of_sets.layer(layer) for layer in self.rows}
         self.best = {layer: self._start(layer) for layer in self.rows}
         self.joint_bound_s = 0.0
         self._begun = False  # every layer is searched once, whatever gap is asked for
@@ -182,7 +185,7 @@ class _Work:
         self._prove_coupled(self.effort.part(0.6))
         self._place_all(self.effort, rounds=1)
         special = self.problem.keep_groups or self.problem.replication.extra
-        if self._size <= _JOINT_SIZE and self.set_builder is None and not special:
+        if self._size <= _JOINT_SIZE and self.problem.sets is None and not special:
             self._solve_jointly()
 
     def _place_all(self, effort: Effort, rounds: int) -> None:
@@ -240,7 +243,7 @@ class _Work:
     def _start(self, layer: int) -> LayerPlacement:
         if self.problem.keep_groups:
             return start_with_groups(self._with_groups(layer, self.capacity[layer]))
-        if self.set_builder is not None:
+        if self.problem.sets is not None:
             return start_with_sets(self._with_sets(layer, self.capacity[layer]))
         if not self.problem.replication.extra:
             return in_id_order(self.rows[layer], self.capacity[layer])
@@ -249,33 +252,30 @@ class _Work:
         except NoRoomError:
             raise no_room_for_copies(self.problem) from None
 
-    def _task(self, layer: int) -> AnyTask:
+    def _task(self, layer: int, capacity: Capacity | None = None) -> AnyTask:
+        """Return what is to be solved, by default within the layer's share of memory."""
+        capacity, best = self.capacity[layer] if capacity is None else capacity, self.best[layer]
         if self.problem.keep_groups:
-            return self._with_groups(layer, self.capacity[layer]), self.best[layer]
-        if self.set_builder is not None:
-            return self._with_sets(layer, self.capacity[layer]), self.best[layer]
+            return self._with_groups(layer, capacity), best
+        if self.problem.sets is not None:
+            return self._with_sets(layer, capacity), best
         if self.problem.replication.extra:
-            return self._replicated(layer, self.capacity[layer]), self.best[layer]
-        return self.rows[layer], self.cells, self.capacity[layer], self.best[layer]
+            return self._replicated(layer, capacity), best
+        return self.rows[layer], self.cells, capacity, best
 
     def _with_groups(self, layer: int, capacity: Capacity) -> GroupTask:
         return GroupTask(
             rows=self.rows[layer],
-            with_sets=None if self.set_builder is None else self._with_sets(layer, capacity),
+            with_sets=None if self.problem.sets is None else self._with_sets(layer, capacity),
             groups=self.problem.model.router.groups,
-            host_of_gpu=self._host_of_gpu(),
+            host_of_gpu=self.problem.host_of_gpu,
             cells=self.cells,
             capacity=capacity,
         )
 
-    def _host_of_gpu(self) -> npt.NDArray[np.intp]:
-        hosts = list(dict.fromkeys(gpu.host for gpu in self.problem.gpus))
-        return np.array([hosts.index(gpu.host) for gpu in self.problem.gpus])
-
     def _with_sets(self, layer: int, capacity: Capacity) -> SetTask:
-        assert self.set_builder is not None
         return SetTask(
-            layer=self.set_builder.layer(layer),
+            layer=self.sets[layer],
             by_counts=self.rows[layer],
             island=self.problem.routes.island,
             cells=self.cells,
@@ -287,7 +287,7 @@ class _Work:
             rows=self.rows[layer],
             load=self.problem.counts[:, layer].sum(axis=1).mean(axis=0),
             cell_of_gpu=self.cells,
-            host_of_gpu=self._host_of_gpu(),
+            host_of_gpu=self.problem.host_of_gpu,
             capacity=capacity,
             rule=self.problem.replication,
         )
@@ -300,22 +300,14 @@ class _Work:
     def _prove_coupled(self, effort: Effort) -> None:
         """Prove bounds without the shares of memory that placements keep."""
         free = np.full(self.problem.num_ranks, self.problem.experts_per_gpu)
-        tasks: dict[int, tuple[AnyTask]] = {}
-        for layer, rows in self.rows.items():
-            start = self.best[layer]
-            tasks[layer] = ((rows, self.cells, free, start),)
-            if self.problem.keep_groups:
-                tasks[layer] = ((self._with_groups(layer, free), start),)
-            elif self.set_builder is not None:
-                tasks[layer] = ((self._with_sets(layer, free), start),)
-            elif self.problem.replication.extra:
-                tasks[layer] = ((self._replicated(layer, free), start),)
+        tasks = {layer: (self._task(layer, free),) for layer in self.rows}
         self._each(_prove_within, tasks, effort, self._take_bound)
 
     def _take_placed(self, layer: int, better: LayerPlacement) -> None:
         if self.problem.layers_coupled:  # its bound relies on the layer's share of memory
-            bound_s = min(self.best[layer].bound_s, better.seconds)
-            better = replace(better, bound_s=bound_s)
+            before = self.best[layer]
+            bound_s = min(before.bound_s, better.seconds)
+            better = replace(better, bound_s=bound_s, free_bound_s=before.free_bound_s)
         self._take(layer, better)
 
     def _take_bound(self, layer: int, other: LayerPlacement) -> None:
@@ -323,8 +315,8 @@ class _Work:
         held = np.bincount(other.placement, minlength=self.problem.num_ranks)
         if other.seconds < mine.seconds and (held <= self.capacity[layer]).all():
             mine = other
-        bound_s = min(max(other.bound_s, self.best[layer].bound_s), mine.seconds)
-        self._take(layer, replace(mine, bound_s=bound_s))
+        mine = replace(mine, bound_s=self.best[layer].bound_s, free_bound_s=other.free_bound_s)
+        self._take(layer, mine.proven(other.bound_s))
 
     def _solve_jointly(self) -> None:
         terms = {layer: gpu_terms(self.rows[twin]) for layer, twin in enumerate(self.same_as)}

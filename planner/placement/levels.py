@@ -62,6 +62,10 @@ class LayerPlacement:
         shares[self.expert, self.placement] = self.share
         return shares
 
+    def proven(self, bound_s: float) -> "LayerPlacement":
+        """Return it with a bound on all placements, if that is the better one."""
+        return replace(self, bound_s=min(max(self.bound_s, bound_s), self.seconds))
+
     def is_done(self, gap: float) -> bool:
         """Whether the gap is closed that far."""
         return self.seconds - self.bound_s <= max(gap, OPTIMAL_GAP) * self.seconds

@@ -80,7 +80,7 @@ def place_with_sets(
     best = start
     if effort.left_s:
         deadline = effort.deadline - (1 - _SHARE_BOUND) * effort.left_s
-        best = _proven(best, reach_bound(task.layer, task.island, task.capacity, deadline))
+        best = best.proven(reach_bound(task.layer, task.island, task.capacity, deadline))
         report(best)
     for better in _searched(task, best, effort):
         best = better
@@ -95,10 +95,6 @@ def place_with_sets(
     if small and not best.is_done(effort.gap) and effort.left_s:
         best = _by_program(task, best, np.arange(num_gpus), effort)
     return best
-
-
-def _proven(best: LayerPlacement, bound_s: float) -> LayerPlacement:
-    return replace(best, bound_s=min(max(best.bound_s, bound_s), best.seconds))
 
 
 def _offered(best: LayerPlacement, search: SetSearch, found_by: str) -> LayerPlacement:
@@ -209,4 +205,4 @@ def _by_program(
     where = "GPUs" if len(set(cell_of_gpu.tolist())) == len(cell_of_gpu) else "islands"
     search.descend(lambda: not effort.left_s)
     best = _offered(best, search, f"integer program over {where} + swaps")
-    return _proven(best, bound_s)
+    return best.proven(bound_s)

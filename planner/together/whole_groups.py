@@ -90,10 +90,8 @@ def check_groups(problem: Problem, capacity: Ints) -> None:
     """
     groups, experts = problem.model.router.groups, problem.model.num_experts
     size = experts // groups
-    hosts = list(dict.fromkeys(gpu.host for gpu in problem.gpus))
-    host_of_gpu = np.array([hosts.index(gpu.host) for gpu in problem.gpus])
     for layer, of_layer in enumerate(capacity):
-        room = np.bincount(host_of_gpu, weights=of_layer).astype(np.int64)
+        room = np.bincount(problem.host_of_gpu, weights=of_layer).astype(np.int64)
         held = int((room // size).sum())
         if held < groups:
             raise InfeasibleError(
@@ -101,7 +99,7 @@ def check_groups(problem: Problem, capacity: Ints) -> None:
                 f"groups of {size} experts, and the hosts hold {held} whole ones",
                 problems=[
                     f"{host} has room for {number} experts of a layer: {number // size} groups"
-                    for host, number in zip(hosts, room.tolist(), strict=True)
+                    for host, number in zip(problem.hosts, room.tolist(), strict=True)
                 ],
                 hints=[
                     "allow more experts on a GPU (--experts-per-gpu), or use more GPUs (--ep)",
@@ -142,20 +140,16 @@ def place_with_groups(
         best = _improved(task, best, effort)
         sets = task.with_sets
         bound_s = reach_bound(sets.layer, sets.island, sets.capacity, effort.deadline)
-        return replace(best, bound_s=min(max(best.bound_s, bound_s), best.seconds))
+        return best.proven(bound_s)
     best = replace(best, free_bound_s=_free_bound(task, effort))
-    best = _proven(best, max(terms.floor_s, best.free_bound_s or 0.0))
+    best = best.proven(max(terms.floor_s, best.free_bound_s or 0.0))
     report(best)
     if not best.is_done(effort.gap):
         with run_program(terms, task.room, hosts, effort) as found:
             best = _offered(task, best, found.placement, "integer program over groups", effort)
-            best = _proven(best, found.bound_s)
+            best = best.proven(found.bound_s)
             report(best)
     return best
-
-
-def _proven(best: LayerPlacement, bound_s: float) -> LayerPlacement:
-    return replace(best, bound_s=min(max(best.bound_s, bound_s), best.seconds))
 
 
 def _free_bound(task: GroupTask, effort: Effort) -> float:
