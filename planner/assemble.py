@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import epplan
-from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
 from epplan.topologies.graph import Cluster, Nic
 from epplan.topologies.units import format_time
 

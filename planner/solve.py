@@ -34,7 +34,7 @@ from epplan.planner.placement.levels import (
 )
 from epplan.planner.placement.processes import run_in_processes
 from epplan.planner.placement.program import MICROSECONDS, build_program
-from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
 from epplan.planner.placement.search import NoRoomError, contiguous
 from epplan.planner.placement.terms import gpu_terms
 from epplan.planner.together.set_levels import SetTask, place_with_sets, start_with_sets

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from epplan.errors import EpplanError
 from epplan.planner.placement.processes import run_in_processes
 from epplan.planner.placement.program import sparse_row
-from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
 from epplan.planner.placement.terms import cell_terms
 from epplan.planner.problem import Replication
 from epplan.planner.solve import Solution, solve_placement

@@ -18,7 +18,7 @@ from epplan.planner.moves.repair import align, improve, least_moved
 from epplan.planner.moves.replan import Effort, Replanned, replan
 from epplan.planner.moves.survivors import surviving_gpus, surviving_ranks, surviving_traffic
 from epplan.planner.objective import Objective
-from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
 from epplan.planner.plan import Plan, plan_problems, read_plan
 from epplan.planner.problem import make_problem
 from epplan.planner.traffic import Floats, make_traffic

@@ -14,7 +14,7 @@ from epplan.planner.moves.repair import least_moved
 from epplan.planner.moves.replan import Effort, Replanned, replan
 from epplan.planner.moves.room import Copies, Held
 from epplan.planner.moves.survivors import surviving_ranks
-from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
 from epplan.planner.plan import Plan, plan_problems
 from epplan.planner.problem import Problem, Replication
 from epplan.planner.traffic import Floats

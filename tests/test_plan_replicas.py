@@ -15,7 +15,7 @@ from epplan.planner.cost import Floats, Shares, evaluate_layer
 from epplan.planner.groups.group import choose_groups
 from epplan.planner.groups.sharing import share_links, solve_groups
 from epplan.planner.objective import Objective
-from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
 from epplan.planner.problem import Problem, Replication, make_problem
 from epplan.planner.solve import Solution, solve_placement
 from epplan.topologies.graph import Gpu

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from epplan.errors import InfeasibleError
 from epplan.planner.placement.highs import solve as run_highs
 from epplan.planner.placement.program import build_program
-from epplan.planner.placement.rows import RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
 from epplan.planner.placement.search import best_start, contiguous
 from epplan.planner.placement.terms import cell_terms, gpu_terms
 from epplan.planner.problem import Problem, even_capacity, make_problem

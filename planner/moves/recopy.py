@@ -19,7 +19,8 @@ import numpy.typing as npt
 from epplan.planner.copies.shares import LEAST_SHARE, best_shares
 from epplan.planner.cost import Floats, Shares
 from epplan.planner.groups.neighbours import Neighbours
-from epplan.planner.placement.rows import LayerRows, RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
+from epplan.planner.placement.rows import LayerRows
 from epplan.planner.problem import Problem
 
 from .repair import LayerRepair, load_lost, ranks_that_count

@@ -19,7 +19,8 @@ from scipy.optimize import linear_sum_assignment
 
 from epplan.planner.cost import Placement, Shares, evaluate_layer, one_copy
 from epplan.planner.groups.neighbours import Neighbours
-from epplan.planner.placement.rows import Floats, LayerRows, RowBuilder
+from epplan.planner.placement.row_builder import RowBuilder
+from epplan.planner.placement.rows import Floats, LayerRows
 from epplan.planner.problem import Problem
 
 from .room import Copies, Held, Ints, deal_room, one_copy_each

@@ -19,14 +19,8 @@ from scipy.sparse import csc_array, csr_array, vstack
 from epplan.planner.cost import Placement
 from epplan.planner.forwarding import entry_ranks
 from epplan.planner.objective import Objective, Timed, layer_seconds
-from epplan.planner.placement.rows import (
-    Floats,
-    Ints,
-    PhaseRows,
-    compute_rows,
-    distinct_resources,
-    latency_phases,
-)
+from epplan.planner.placement.row_builder import compute_rows, distinct_resources, latency_phases
+from epplan.planner.placement.rows import Floats, Ints, PhaseRows
 from epplan.planner.problem import Problem
 from epplan.planner.token_sets import TokenSets
 from epplan.topologies.routes import Routes
