@@ -6,6 +6,7 @@ Shapes: B sequences, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -76,7 +77,7 @@ class GraphedDecode:
     def __call__(self, x_B1H: Tensor) -> Tensor:
         """Run a step; a collective. The result is overwritten by the next."""
         if self._graph is None:
-            self._graph = DecodeGraph(self._step, x_B1H)
+            self._graph = DecodeGraph(partial(_step, self._model, self._caches), x_B1H)
         hidden_B1H, counts = self._graph(x_B1H)
         dispatcher = self._model.dispatcher
         dropless = dispatcher.rerun(gather_counts(dispatcher.channel, counts, _AFTER))
@@ -85,17 +86,23 @@ class GraphedDecode:
         self._graph = None
         with torch.inference_mode():
             again = self._model.run(x_B1H, dropless, caches=self._caches)
-        self._rewind()
+        _rewind(self._caches)
         return _hidden(again)
 
-    def _step(self, x_B1H: Tensor) -> tuple[Tensor, list[Counts]]:
-        batches = self._model.run(x_B1H, self._model.dispatcher, caches=self._caches)
-        self._rewind()
-        return _hidden(batches), [each for batch in batches for each in batch.counts]
 
-    def _rewind(self) -> None:
-        for cache in self._caches:
-            cache.truncate(cache.length - 1)
+# Not methods: a graph that held its owner would live until a garbage collection, and NCCL ends no
+# process group that a graph still holds.
+def _step(
+    model: ExpertParallelModel, caches: Sequence[KvCache], x_B1H: Tensor
+) -> tuple[Tensor, list[Counts]]:
+    batches = model.run(x_B1H, model.dispatcher, caches=caches)
+    _rewind(caches)
+    return _hidden(batches), [each for batch in batches for each in batch.counts]
+
+
+def _rewind(caches: Sequence[KvCache]) -> None:
+    for cache in caches:
+        cache.truncate(cache.length - 1)
 
 
 def _hidden(batches: list[MicroBatch]) -> Tensor:

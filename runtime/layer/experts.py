@@ -228,9 +228,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def _run_grouped(rows_RH: Tensor, rows_of_expert: Sequence[int], group: MlpWeights) -> Tensor:
     """Return the output of each row with one product for all experts at a time."""
-    ends_P = torch.tensor(rows_of_expert, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    if rows_RH.is_cuda:
-        ends_P = ends_P.pin_memory().to(rows_RH.device, non_blocking=True)
+    ends_P = _ends(rows_of_expert, rows_RH.device)
 
     def product(x_RX: Tensor, weights_PYX: Tensor) -> Tensor:
         out: Tensor = torch._grouped_mm(x_RX, weights_PYX.transpose(1, 2), offs=ends_P)
@@ -239,6 +237,19 @@ def _run_grouped(rows_RH: Tensor, rows_of_expert: Sequence[int], group: MlpWeigh
     gate_RF = None if group.gate_FH is None else product(rows_RH, group.gate_FH)
     inner_RF = _activate(product(rows_RH, group.up_FH), gate_RF, group)
     return product(inner_RF, group.down_HF)
+
+
+def _ends(rows_of_expert: Sequence[int], device: torch.device) -> Tensor:
+    """Return where each expert's rows end, int32 [P].
+
+    Padded rows, all as many, without a copy from the host: a CUDA graph would hold the address of
+    host memory that is used for something else by the time it is replayed.
+    """
+    rows, experts = rows_of_expert[0], len(rows_of_expert)
+    if all(each == rows for each in rows_of_expert):
+        return torch.arange(1, experts + 1, dtype=torch.int32, device=device) * rows
+    ends_P = torch.tensor(rows_of_expert, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return ends_P.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends_P
 
 
 def fingerprint(weights: MlpWeights) -> Tensor:

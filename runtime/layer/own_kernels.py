@@ -12,8 +12,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.int64)
 
 
 def can_run_kernels(x: Tensor) -> bool:
-    """Return whether the kernels take x: half precision or indices, on Hopper, no gradients."""
-    if not x.is_cuda or x.dtype not in _DTYPES or torch.is_grad_enabled():
+    """Return whether the kernels take x: half precision or indices, on Hopper, no gradients.
+
+    Not without elements: a micro-batch may have no tokens, for which no kernel can be launched.
+    """
+    if not x.is_cuda or x.dtype not in _DTYPES or torch.is_grad_enabled() or not x.numel():
         return False
     try:
         from epplan.runtime.kernels import wide_attention  # noqa: F401 (the one that needs the newest Triton)
