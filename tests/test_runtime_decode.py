@@ -10,12 +10,14 @@ from epplan.runtime.clock import PhaseClock
 from epplan.runtime.decode import DecodeGraph
 from epplan.runtime.dispatchers.one_rank import OneRank
 from epplan.runtime.dispatchers.order import weighted_sum
+from epplan.runtime.dispatchers.padding import pad
 from epplan.runtime.layer.adjacent import adjacent
 from epplan.runtime.layer.attend import attend_cached
 from epplan.runtime.layer.attention import attention, attention_step, join_projections
 from epplan.runtime.layer.filled_cache import filled_cache
 from epplan.runtime.layer.kv_cache import KvCache
 from epplan.runtime.layer.layers import build_layers
+from epplan.runtime.layer.rope import Rotation, normalise_and_rotate
 from epplan.runtime.model import ExpertParallelModel
 from epplan.runtime.pipeline import NO_TURNS, Schedule
 from epplan.runtime.weights import SeededWeights, seeded_hidden
@@ -196,6 +198,54 @@ def test_rows_between_products(top_k: int) -> None:
     best = (x.float() @ router.T).softmax(-1).max(-1, keepdim=True)
     torch.testing.assert_close(weights_T1, best.values, atol=1e-4, rtol=1e-4)
     assert torch.equal(experts_T1, best.indices)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("capacity", [1, 9, 64])
+def test_padded_rows(capacity: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x_TH = torch.randn(64, 300, generator=generator, device="cuda").half()
+    slot_TK = torch.rand(64, 24, generator=generator, device="cuda").topk(4).indices
+    weights_TK = torch.rand(64, 4, generator=generator, device="cuda")
+    expected = pad(x_TH, slot_TK, weights_TK, 24, capacity)  # no kernel has a backward pass
+    with torch.inference_mode():
+        actual = pad(x_TH, slot_TK, weights_TK, 24, capacity)
+    for ours, torchs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, torchs)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "width", "pairs", "epsilon", "has_gain"),
+    [(64, 128, 64, 1e-6, True), (4, 128, 64, 1e-6, True), (5, 80, 20, 1e-5, True),
+     (8, 64, 32, None, False), (3, 96, 21, 1e-6, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("positions", [1, 33])
+def test_rotated_heads(
+    heads: int,
+    width: int,
+    pairs: int,
+    epsilon: float | None,
+    has_gain: bool,
+    positions: int,
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x_BSO = torch.randn(3, positions, heads * width + 8, generator=generator, device="cuda")
+    x_BSO = x_BSO.to(dtype)[..., 8:]  # a part of a joined projection
+    x_BQSD = torch.unflatten(x_BSO, -1, (heads, width)).transpose(1, 2)
+    angle_SP = 6 * torch.rand(positions, pairs, generator=generator, device="cuda")
+    rotation = Rotation(cos_SP=angle_SP.cos(), sin_SP=angle_SP.sin())
+    gain_D = torch.rand(width, generator=generator, device="cuda").to(dtype) if has_gain else None
+    expected = normalise_and_rotate(x_BQSD, gain_D, epsilon, rotation)
+    with torch.inference_mode():
+        actual = normalise_and_rotate(x_BQSD, gain_D, epsilon, rotation)
+    assert actual.is_contiguous()
+    step = torch.finfo(dtype).eps  # of two roundings at most
+    torch.testing.assert_close(actual, expected, atol=step, rtol=2 * step)
 
 
 def test_bench_options_by_phase() -> None:

@@ -1,6 +1,6 @@
 """Dispatch with equal splits: every rank has room for `capacity` rows to every slot.
 
-Shapes: T tokens, K experts per token, N = T x K rows, W ranks, P slots per rank, S = W x P slots,
+Shapes: T tokens, K experts per token, R rows, W ranks, P slots per rank, S = W x P slots,
 C capacity, H hidden size.
 
 The host waits for nothing and all shapes are fixed, so that a CUDA graph can hold the step; the
@@ -16,7 +16,8 @@ from torch import Tensor
 from .channel import Channel
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer
 from .flight import Flight
-from .order import count, number_within, weighted_sum
+from .order import weighted_sum
+from .padding import pad
 from .wire import Wire
 
 _DEVIATIONS = 6  # of the rows of one slot around their mean, were tokens to choose at random
@@ -79,20 +80,12 @@ class _PaddedTransfer(Transfer):
         self._wire, self._place = dispatcher.wire, routed.place
         self._capacity, self._dtype = dispatcher.capacity, routed.x_TH.dtype
         self._slots_per_rank, self._held = dispatcher.slots_per_rank, routed.held
-        slot_N = routed.slot_TK.flatten()
         num_slots = channel.world_size * dispatcher.slots_per_rank
-        self.counts = Counts(own_S=count(slot_N, num_slots))
-        number_N = number_within(slot_N, self.counts.own_S)
-        fits_N = number_N < self._capacity
-        num_rows = num_slots * self._capacity
-        # Rows that do not fit share a place behind the last, which is not sent.
-        place_N = torch.where(fits_N, slot_N * self._capacity + number_N, num_rows)
-        x_NH = routed.x_TH.repeat_interleave(routed.slot_TK.shape[1], dim=0)
-        # Zeros, not garbage: experts compute all rows, and gradients add them up.
-        padded = x_NH.new_zeros(num_rows + 1, x_NH.shape[1]).index_copy_(0, place_N, x_NH)
-        self._written = self._wire.write(padded[:num_rows])
-        self._place_TK = place_N.clamp(max=num_rows - 1).view_as(routed.slot_TK)
-        self._weights_TK = routed.weights_TK * fits_N.view_as(routed.slot_TK)
+        padded, self._place_TK, self._weights_TK, own_S = pad(
+            routed.x_TH, routed.slot_TK, routed.weights_TK, num_slots, self._capacity
+        )
+        self.counts = Counts(own_S=own_S)
+        self._written = self._wire.write(padded)
         self._ready = channel.point()
 
     def send(self) -> None:

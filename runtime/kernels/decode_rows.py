@@ -103,6 +103,36 @@ def batch_rows(x_TH: Tensor, slot_N: Tensor, top_k: int) -> tuple[Tensor, Tensor
     return rows_NH, place_N
 
 
+def pad_rows(
+    x_TH: Tensor, slot_TK: Tensor, weights_TK: Tensor, num_slots: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `epplan.runtime.dispatchers.padding.pad` returns."""
+    (num_tokens, top_k), width = slot_TK.shape, x_TH.shape[1]
+    num_rows = num_tokens * top_k
+    padded_CH = x_TH.new_empty(num_slots * capacity, width)
+    place_TK, kept_TK = torch.empty_like(slot_TK), torch.empty_like(weights_TK)
+    counts_S = slot_TK.new_empty(num_slots)
+    _pad_rows[(num_slots * capacity,)](
+        x_TH.contiguous(),
+        slot_TK.contiguous(),
+        weights_TK.contiguous(),
+        padded_CH,
+        place_TK,
+        kept_TK,
+        counts_S,
+        num_rows,
+        width,
+        top_k,
+        capacity,
+        num_slots * capacity - 1,
+        ROWS=triton.next_power_of_2(num_rows),
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=8,
+        **EARLY,
+    )
+    return padded_CH, place_TK, kept_TK, counts_S
+
+
 def add_up_rows(rows_NH: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Return each token's rows added up by weight, from its first choice to its last, [T, H]."""
     rows_NH, place_TK, weights_TK = (x.contiguous() for x in (rows_NH, place_TK, weights_TK))
@@ -255,6 +285,47 @@ def _batch_rows(x, slot, rows, place, num_rows, H, top_k, ROWS: tl.constexpr, BL
     tl.store(place + row, here)
     x_H = tl.load(x + (row // top_k).to(tl.int64) * H + column_H, mask=inside_H)
     tl.store(rows + here * H + column_H, x_H, mask=inside_H)
+
+
+@triton.jit
+def _pad_rows(
+    x,
+    slot,
+    weights,
+    padded,
+    place,
+    kept,
+    counts,
+    num_rows,
+    H,
+    top_k,
+    capacity,
+    last,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    here = tl.program_id(0)
+    own_slot = here // capacity
+    number = here % capacity
+    row_N = tl.arange(0, ROWS)
+    column_H = tl.arange(0, BLOCK)
+    inside_H = column_H < H
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    own_N = tl.load(slot + row_N, mask=row_N < num_rows, other=-1) == own_slot
+    number_N = tl.cumsum(own_N.to(tl.int32), 0) - 1
+    row = tl.max(tl.where(own_N & (number_N == number), row_N, -1), 0)
+    x_H = tl.load(
+        x + (row // top_k).to(tl.int64) * H + column_H, mask=inside_H & (row >= 0), other=0.0
+    )
+    tl.store(padded + here.to(tl.int64) * H + column_H, x_H, mask=inside_H)
+    if number == 0:
+        fits_N = number_N < capacity
+        place_N = tl.where(fits_N, own_slot * capacity + number_N, last)
+        tl.store(place + row_N, place_N.to(tl.int64), mask=own_N)
+        weight_N = tl.load(weights + row_N, mask=own_N, other=0.0)
+        tl.store(kept + row_N, tl.where(fits_N, weight_N, 0.0), mask=own_N)
+        tl.store(counts + own_slot, tl.sum(own_N.to(tl.int64), 0))
 
 
 @triton.jit

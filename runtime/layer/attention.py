@@ -21,7 +21,7 @@ from .attend import attend, attend_cached
 from .kv_cache import KvCache
 from .linear import linear
 from .norm import LATENT_EPSILON, rms_norm
-from .rope import Rotation, make_rotation, rotate
+from .rope import Rotation, make_rotation, normalise_and_rotate, rotate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,17 +80,13 @@ def _grouped_query(
 ) -> Tensor:
     """Return the heads' outputs, [B, Q, S, D]."""
     query_BSO, key_BSO, value_BSO = _project_together(x_BSH, weights, ("query", "key", "value"))
+    epsilon = step.epsilon if spec.qk_norm else None
     query_BQSD = _heads(query_BSO, spec.num_heads)
     key_BGSD = _heads(key_BSO, spec.num_kv_heads)
-    value_BGSD = _heads(value_BSO, spec.num_kv_heads)
-    if spec.qk_norm:
-        query_BQSD = rms_norm(query_BQSD, weights.get("query_norm"), step.epsilon)
-        key_BGSD = rms_norm(key_BGSD, weights.get("key_norm"), step.epsilon)
-    query_BQSD, key_BGSD = rotate(query_BQSD, step.rotation), rotate(key_BGSD, step.rotation)
     return attend_cached(
-        query_BQSD,
-        key_BGSD,
-        value_BGSD,
+        normalise_and_rotate(query_BQSD, weights.get("query_norm"), epsilon, step.rotation),
+        normalise_and_rotate(key_BGSD, weights.get("key_norm"), epsilon, step.rotation),
+        _heads(value_BSO, spec.num_kv_heads),
         step.cache,
         layer,
         scale=_scale(spec, spec.head_dim),

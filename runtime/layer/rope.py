@@ -15,6 +15,9 @@ from torch import Tensor
 
 from epplan.planner.model import AttentionSpec, RopeScaling
 
+from .norm import rms_norm
+from .own_kernels import can_run_kernels
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
@@ -51,6 +54,26 @@ def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
         (second * cos + first * sin).to(x.dtype),
     ]
     return torch.cat([*rotated, x[..., 2 * half :]], dim=-1)
+
+
+def normalise_and_rotate(
+    x_BQSD: Tensor, gain_D: Tensor | None, epsilon: float | None, rotation: Rotation | None
+) -> Tensor:
+    """Return heads scaled to unit RMS, times the gain (None is 1), and rotated.
+
+    Args:
+        x_BQSD: Q heads of B sequences, each of width D.
+        gain_D: of the norm.
+        epsilon: of the norm; None is a model without one.
+        rotation: None is a model without position encoding.
+    """
+    if rotation is not None and can_run_kernels(x_BQSD):
+        from epplan.runtime.kernels.rotate_heads import rotate_heads
+
+        return rotate_heads(x_BQSD, rotation.cos_SP, rotation.sin_SP, gain_D, epsilon)
+    if epsilon is not None:
+        x_BQSD = rms_norm(x_BQSD, gain_D, epsilon)
+    return rotate(x_BQSD, rotation)
 
 
 def half_split_order(rotated_dim: int) -> list[int]:
