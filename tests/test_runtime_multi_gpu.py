@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ import torch.distributed as dist
 
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
+from epplan.runtime.baseline import tensor_parallel
+from epplan.runtime.baseline.pipeline_parallel import Grid, PipelineParallelModel
 from epplan.runtime.build import build_model
-from epplan.runtime.clock import Span
-from epplan.runtime.decode import GraphedDecode
+from epplan.runtime.clock import PhaseClock, Span
+from epplan.runtime.decode import DecodeGraph, GraphedDecode
 from epplan.runtime.dispatchers.padded import Padded
 from epplan.runtime.environment import Setting
 from epplan.runtime.layer.filled_cache import filled_cache
@@ -146,6 +149,37 @@ def decode_both_ways(rank: int, plan: Plan, dtype: torch.dtype) -> list[bool]:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])  # the second: experts grouped
 def test_decode_as_a_graph_equals_decode_kernel_by_kernel(dtype: torch.dtype) -> None:
     assert on_every_gpu(decode_both_ways, spread(wide(QWEN, 8.0)), dtype) == [[True] * 4] * GPUS
+
+
+def decode_by_tensor_parallelism(rank: int, plan: Plan) -> list[bool]:
+    """Run decode steps of the baseline as a graph, and sorted by expert kernel by kernel."""
+    spec, device, sequences = plan.model, torch.device("cuda", rank), 12
+    weights = SeededWeights(spec=spec, seed=0, device=device, dtype=torch.bfloat16)
+    grid = Grid(shards=GPUS, stages=1)
+    model = PipelineParallelModel(weights, grid, rank, PhaseClock(device))
+    caches = model.filled_caches(sequences, 1, 7)
+
+    def step(x_B1H: torch.Tensor) -> torch.Tensor | None:
+        result = model.forward(x_B1H, num_micro_batches=1, overlap=False, caches=caches)
+        caches[0].truncate(7)
+        return result.hidden_BSH
+
+    shape = (sequences, 1, spec.hidden_size)
+    inputs = [seeded_hidden(n, 0, shape, device=device, dtype=torch.bfloat16) for n in range(3)]
+    assert tensor_parallel.never_waits(spec, inputs[0].flatten(0, 1))
+    graph = DecodeGraph(step, inputs[0])
+    results = [result.clone() for x_B1H in inputs if (result := graph(x_B1H)) is not None]
+    with patch.object(tensor_parallel, "_PADDED_TOKENS", 0):
+        expected = [result for x_B1H in inputs if (result := step(x_B1H)) is not None]
+    return [
+        torch.allclose(result_B1H, expected_B1H, rtol=2e-2, atol=2e-2)
+        for result_B1H, expected_B1H in zip(results, expected, strict=True)
+    ]
+
+
+def test_tensor_parallel_decode_as_a_graph_equals_sorted_rows() -> None:
+    plan = spread(wide(QWEN, 8.0))
+    assert on_every_gpu(decode_by_tensor_parallelism, plan) == [[True] * 3] * GPUS
 
 
 def spans_of_step(rank: int, plan: Plan, options: Options) -> list[Span]:

@@ -1,14 +1,14 @@
 """Tensor parallelism, of the baseline: every rank of a stage holds a slice of every matrix.
 
 Shapes: B sequences, S positions, T = B x S tokens, H hidden size, E experts, K experts per token,
-N = T x K rows, L MoE layers of the stage.
+N = T x K rows, P = E x T padded rows, L MoE layers of the stage.
 
 Projections into heads and into an MLP's width are split by rows, those out of them by columns, so
 that a rank's output is a part of a sum (Megatron-LM's scheme). All ranks of a stage see all its
 tokens and hold a slice of every expert: rows never travel, but two sums do in every layer.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -18,17 +18,20 @@ from epplan.errors import InputError
 from epplan.planner.model import AttentionSpec, ModelSpec
 from epplan.runtime.clock import PhaseClock, Place
 from epplan.runtime.dispatchers.order import count, inverse, weighted_sum
+from epplan.runtime.dispatchers.padding import pad
 from epplan.runtime.layer.attention import attention, attention_step, join_projections
 from epplan.runtime.layer.experts import MlpWeights, mlp, run_experts, shared_mlp, stack_experts
 from epplan.runtime.layer.kv_cache import KvCache
-from epplan.runtime.layer.norm import rms_norm
-from epplan.runtime.layer.router import route, router_logits
+from epplan.runtime.layer.norm import add_rms_norm
+from epplan.runtime.layer.router import route_tokens
 from epplan.runtime.pipeline import Point
 from epplan.runtime.weights import Weights
 
 # Slices of rows follow heads or the MLP's width; what is not named here is whole on every rank.
 _SPLIT_BY_QUERY_HEAD = ("query", "query.bias", "expand", "sinks")
 _SPLIT_BY_KV_HEAD = ("key", "key.bias", "value", "value.bias")
+_PADDED_TOKENS = 256
+_PADDED_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,20 +222,24 @@ class TensorParallelStage:
         step = attention_step(self._spec, x_BSH, cache)
         epsilon = self._spec.norm_epsilon
         choices: list[Tensor] = []
+        sum_BSH: Tensor | None = None  # of the layer before, added where the next norm is taken
         for ordinal, layer in enumerate(self.layers):
             place = Place(self._numbers[ordinal], number)
-            h_BSH = rms_norm(x_BSH, layer.input_norm_H, epsilon)
+            x_BSH, h_BSH = add_rms_norm(x_BSH, sum_BSH, layer.input_norm_H, epsilon)
             part_BSH = attention(h_BSH, layer.attention, self.attention, step, ordinal)
             self._clock.mark("attention", place)
-            x_BSH = x_BSH + (yield from self._sum(part_BSH, place))
-            h_TH = rms_norm(x_BSH, layer.post_attention_norm_H, epsilon).flatten(0, 1)
+            sum_BSH = yield from self._sum(part_BSH, place)
+            x_BSH, h_BSH = add_rms_norm(x_BSH, sum_BSH, layer.post_attention_norm_H, epsilon)
+            h_TH = h_BSH.flatten(0, 1)
             if isinstance(layer.feed_forward, MlpWeights):
                 part_TH = mlp(h_TH, layer.feed_forward)
                 self._clock.mark("dense_mlp", place)
             else:
                 part_TH, experts_TK = self._moe(h_TH, layer.feed_forward, place)
                 choices.append(experts_TK)
-            x_BSH = x_BSH + (yield from self._sum(part_TH, place)).view_as(x_BSH)
+            sum_BSH = (yield from self._sum(part_TH, place)).view_as(x_BSH)
+        if sum_BSH is not None:
+            x_BSH = x_BSH + sum_BSH
         return StageOutput(hidden_BSH=x_BSH, experts_LTK=choices)
 
     def gather(self, slice_BSh: Tensor, place: Place) -> Generator[Point, None, Tensor]:
@@ -260,20 +267,59 @@ class TensorParallelStage:
     def _moe(self, h_TH: Tensor, weights: ShardedMoe, place: Place) -> tuple[Tensor, Tensor]:
         """Return this shard's part of the layer's output, and the choice of experts."""
         spec = self._spec
-        logits_TE = router_logits(h_TH, weights.router_EH, weights.logit_bias_E)
-        weights_TK, experts_TK = route(logits_TE, spec.router, spec.top_k, weights.bias_E)
+        weights_TK, experts_TK = route_tokens(
+            h_TH,
+            weights.router_EH,
+            weights.logit_bias_E,
+            spec.router,
+            spec.top_k,
+            weights.bias_E,
+        )
         self._clock.mark("route", place)
-        expert_N = experts_TK.flatten()
-        sort_N = expert_N.argsort(stable=True)
-        # Device-to-host sync: the products' sizes are host numbers.
-        rows_of_expert = count(expert_N, spec.num_experts).tolist()
-        rows_NH = run_experts(h_TH[sort_N // spec.top_k], rows_of_expert, weights.experts)
-        part_TH = weighted_sum(rows_NH, inverse(sort_N).view_as(experts_TK), weights_TK)
+        through = self._run_padded if never_waits(spec, h_TH) else self._run_sorted
+        part_TH = through(h_TH, experts_TK, weights_TK, weights.experts)
         self._clock.mark("experts", place)
         if weights.shared is not None:
             part_TH = part_TH + shared_mlp(h_TH, weights.shared, weights.shared_gate_1H)
             self._clock.mark("shared_experts", place)
         return part_TH, experts_TK
+
+    def _run_sorted(
+        self,
+        h_TH: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        experts: Sequence[MlpWeights | None],
+    ) -> Tensor:
+        expert_N = experts_TK.flatten()
+        sort_N = expert_N.argsort(stable=True)
+        # Device-to-host sync: the products' sizes are host numbers.
+        rows_of_expert = count(expert_N, len(experts)).tolist()
+        rows_NH = run_experts(h_TH[sort_N // self._spec.top_k], rows_of_expert, experts)
+        return weighted_sum(rows_NH, inverse(sort_N).view_as(experts_TK), weights_TK)
+
+    def _run_padded(
+        self,
+        h_TH: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        experts: Sequence[MlpWeights | None],
+    ) -> Tensor:
+        """Give every expert room for all tokens, so that none is lost and no count is needed."""
+        num_experts, capacity = len(experts), len(h_TH)
+        rows_PH, place_TK, weights_TK, _ = pad(h_TH, experts_TK, weights_TK, num_experts, capacity)
+        outputs_PH = run_experts(rows_PH, [capacity] * num_experts, experts)
+        return weighted_sum(outputs_PH, place_TK, weights_TK)
+
+
+def never_waits(spec: ModelSpec, h_TH: Tensor) -> bool:
+    """Return whether a step of these tokens runs without the host, as a CUDA graph asks for.
+
+    Then experts compute padding. That costs little while reading their weights takes longer than
+    as many rows as there are tokens, which on a GPU of 700 TFLOP/s and 4 TB/s is up to 170 rows.
+    """
+    num_bytes = spec.num_experts * h_TH.numel() * h_TH.itemsize
+    return h_TH.is_cuda and len(h_TH) <= _PADDED_TOKENS and num_bytes <= _PADDED_BYTES
 
 
 def _build_moe(weights: Weights, number: int, shard: Shard) -> ShardedMoe:

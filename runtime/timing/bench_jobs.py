@@ -13,6 +13,7 @@ from torch import Tensor
 from epplan.launcher.bench_options import BenchOptions
 from epplan.planner.plan import Plan
 from epplan.runtime.baseline.pipeline_parallel import Grid, PipelineParallelModel
+from epplan.runtime.baseline.tensor_parallel import never_waits
 from epplan.runtime.build import make_dispatcher
 from epplan.runtime.clock import PhaseClock
 from epplan.runtime.decode import DecodeGraph, GraphedDecode
@@ -149,10 +150,8 @@ class BaselineBench:
     def job(self, phase: Phase) -> Job:
         """Return a phase; all ranks' sequences pass all stages."""
         options, spec, grid = self._options, self._plan.model, self._grid
-        # Enough to keep every stage busy, twice as many where two take turns.
-        parts = options.micro_batches or grid.stages * (2 if options.overlap else 1)
         sequences = options.sequences * self._plan.world_size
-        parts = min(parts, sequences)
+        parts = min(self._micro_batches(phase), sequences)
         hidden = [
             _hidden(options, self._weights, source, phase)
             for source in range(self._plan.world_size)
@@ -162,21 +161,38 @@ class BaselineBench:
         if phase == "decode":
             caches = self._model.filled_caches(sequences, parts, options.context)
 
-        def step() -> None:
-            self._model.forward(
+        def run(x_BSH: Tensor) -> Tensor | None:
+            result = self._model.forward(
                 x_BSH, num_micro_batches=parts, overlap=options.overlap, caches=caches
             )
             _rewind(caches, options.before(phase))
+            return result.hidden_BSH
 
+        with_graph = (
+            _is_graphed(phase, options, self._weights.device)
+            and grid.stages == parts == 1
+            and never_waits(spec, x_BSH.flatten(0, 1))
+        )
+        step = DecodeGraph(run, x_BSH) if with_graph else run
         cached = cache_bytes(spec, sequences, options.before(phase)) // self._plan.world_size
-        turns = "two in flight" if options.overlap else "one at a time"
+        turns = "two in flight" if options.overlap and parts > 1 else "one at a time"
         return Job(
-            step=step,
-            clock=self._clock,
+            step=lambda: step(x_BSH),
+            clock=None if with_graph else self._clock,
+            graph=with_graph,
             bytes_read=self._model.weight_bytes + cached,
             how=f"in {parts} micro-batches, {turns}",
-            steps_at_once=_BASELINE_DECODE_STEPS if phase == "decode" else 1,
+            steps_at_once=_BASELINE_DECODE_STEPS if phase == "decode" and grid.stages > 1 else 1,
         )
+
+    def _micro_batches(self, phase: Phase) -> int:
+        """Return as many as keep every stage busy; in prefill twice as many, which take turns.
+
+        In decode more of them would take longer: each reads all weights.
+        """
+        if self._options.micro_batches is not None:
+            return self._options.micro_batches
+        return self._grid.stages * (2 if self._options.overlap and phase == "prefill" else 1)
 
 
 def _is_graphed(phase: Phase, options: BenchOptions, device: torch.device) -> bool:
