@@ -230,7 +230,12 @@ class ExpertParallelModel:
         yield "sent"
         rows = transfer.receive()
         self.clock.mark("dispatch", place)
-        outputs_RH = run_experts(rows.rows_RH, rows.rows_of_slot, weights.experts)
+        outputs_RH = run_experts(
+            rows.rows_RH,
+            rows.rows_of_slot,
+            weights.experts,
+            beside_transfers=self.schedule.in_flight > 1,
+        )
         if self.hooks.finite is not None:
             self.hooks.finite.experts(place.layer, outputs_RH, rows.rows_of_slot)
         self.clock.mark("experts", place)

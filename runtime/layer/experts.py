@@ -22,6 +22,11 @@ from .linear import linear, linear_gelu
 #   16 of 8192 x 32768   4.53 / 6.12* 5.25 / 5.35  7.57 / 7.30  14.7 / 14.3  28.4 / 26.7
 # Experts of a few rows are read from memory and no more: the grouped product reads them slower.
 _GROUPED_FROM_ROWS = ((1 << 25, 0), (1 << 27, 100), (1 << 62, 200))
+# While a transfer is under way NCCL holds 32 of an H200's 132 multiprocessors, and a grouped
+# product, which is one block for each of them, ends when they have been given back. Products one
+# by one lose less: a step of narrow experts with 4096 rows each took two H200 78.8 ms with grouped
+# ones and 75.6 without (docs/log.md; fewer rows were not measured).
+_ALONE_FROM_ROWS_BESIDE_TRANSFERS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +89,11 @@ def shared_mlp(x_RH: Tensor, weights: MlpWeights, gate_1H: Tensor | None) -> Ten
 
 
 def run_experts(
-    rows_RH: Tensor, rows_of_slot: Sequence[int], experts: Sequence[MlpWeights | None]
+    rows_RH: Tensor,
+    rows_of_slot: Sequence[int],
+    experts: Sequence[MlpWeights | None],
+    *,
+    beside_transfers: bool = False,
 ) -> Tensor:
     """Return the output of each row, [R, H].
 
@@ -92,11 +101,12 @@ def run_experts(
         rows_RH: the rows of the first slot, then those of the second, ...
         rows_of_slot: how many they are, [P].
         experts: by slot, [P]; None is an empty slot, which has no rows.
+        beside_transfers: another micro-batch's rows may be under way meanwhile.
     """
     if len(experts) == 1 and experts[0] is not None:
         return mlp(rows_RH, experts[0])
     present = [expert for expert in experts if expert is not None]
-    if len(present) > 1 and _groups_are_faster(rows_RH, present):
+    if len(present) > 1 and _groups_are_faster(rows_RH, present, beside_transfers):
         rows_of_expert = [
             rows for rows, expert in zip(rows_of_slot, experts, strict=True) if expert is not None
         ]
@@ -201,11 +211,16 @@ def _can_be_grouped(weights: MlpWeights) -> bool:
     )
 
 
-def _groups_are_faster(rows_RH: Tensor, experts: Sequence[MlpWeights]) -> bool:
+def _groups_are_faster(
+    rows_RH: Tensor, experts: Sequence[MlpWeights], beside_transfers: bool
+) -> bool:
     """Return what was measured for experts of this size and as many rows each (docs/log.md)."""
-    elements = experts[0].up_FH.numel()
-    from_rows = next(rows for size, rows in _GROUPED_FROM_ROWS if elements < size)
-    return rows_RH.is_cuda and len(rows_RH) >= from_rows * len(experts)
+    elements, rows = experts[0].up_FH.numel(), len(rows_RH) / len(experts)
+    if beside_transfers and rows >= _ALONE_FROM_ROWS_BESIDE_TRANSFERS:
+        return False
+    return rows_RH.is_cuda and rows >= next(
+        from_rows for size, from_rows in _GROUPED_FROM_ROWS if elements < size
+    )
 
 
 def _as_group(experts: Sequence[MlpWeights]) -> MlpWeights | None:
