@@ -106,6 +106,8 @@ def _overlap(kept: Kept) -> Iterator[Fields]:
                 "how": both[0]["how"],
                 "graph": expert["graph"],
                 "ms": expert["step_s"] * 1e3,
+                "tp_how": both[1]["how"],
+                "tp_graph": tensor["graph"],
                 "tp_ms": tensor["step_s"] * 1e3,
                 "tp_over_ep": tensor["step_s"] / expert["step_s"],
             }

@@ -5,7 +5,7 @@
 #
 #     benchmarks/multi_gpu.sh [OUTPUT_DIR] [PART ...]
 #
-# PARTs: topology check overlap predict skew faults; by default all; two H200 took 359 s without check.
+# PARTs: topology check overlap predict skew faults; by default all, for which two H200 took 431 s.
 # Every command's JSON is kept in OUTPUT_DIR (default build/multi-gpu); at the end
 # benchmarks/multi_gpu.py prints what follows from them, a JSON line each. PYTHON names another
 # python3. Nothing is installed; nothing of the machine is changed.
