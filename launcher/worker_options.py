@@ -78,10 +78,11 @@ _OPTIONS = (
         help="Copies of an expert: by the plan's shares, or own GPU, own host, then shares.",
     ),
     click.option(
-        "--dedup/--no-dedup",
-        default=None,
+        "--transfer",
+        type=click.Choice(["per-choice", "direct", "node-dedup"]),
         show_default="as the plan prices it",
-        help="Send a token once to a rank, however many of its experts are there.",
+        help="Send a token's row once per choice of it, once to a rank (direct), or once to a host "
+        "and on from there (node-dedup).",
     ),
     switch(
         "fp8-dispatch", "Send rows to experts as 8-bit numbers with a scale a row. Changes outputs."

@@ -2,12 +2,13 @@
 
 from math import ceil
 
-from epplan.planner.plan import Plan
+from epplan.planner.plan import Plan, TransferMode
 from epplan.runtime.dispatchers.alltoall import AllToAll
 from epplan.runtime.dispatchers.channel import Channel
 from epplan.runtime.dispatchers.dedup import Deduplicated
 from epplan.runtime.dispatchers.dispatch import Dispatcher, DispatcherKind
 from epplan.runtime.dispatchers.local import Local
+from epplan.runtime.dispatchers.node_dedup import NodeDeduplicated
 from epplan.runtime.dispatchers.padded import Padded, capacity_for
 from epplan.runtime.dispatchers.wire import Float8Wire, PlainWire, Wire
 from epplan.runtime.layer.layers import build_layers
@@ -15,7 +16,7 @@ from epplan.runtime.layer.layers import build_layers
 from .clock import PhaseClock
 from .model import ExpertParallelModel
 from .options import Options
-from .schedule import Choice
+from .schedule import Choice, nodes_of
 from .weights import Weights
 
 
@@ -31,7 +32,7 @@ def build_model(
         plan,
         tokens=sequences * options.positions,
         capacity_factor=options.capacity_factor,
-        dedup=choice.dedup,
+        transfer=choice.transfer,
         fp8=options.fp8_dispatch,
     )
     layers = build_layers(plan, rank, weights, options.replicas, joined=not options.train)
@@ -45,7 +46,7 @@ def make_dispatcher(
     *,
     tokens: int,
     capacity_factor: float,
-    dedup: bool,
+    transfer: TransferMode,
     fp8: bool,
 ) -> Dispatcher:
     """Return the dispatcher.
@@ -56,7 +57,7 @@ def make_dispatcher(
         plan: the placement.
         tokens: of one rank in one micro-batch, at most.
         capacity_factor: of a padded dispatcher: room over the mean rows of an expert.
-        dedup: whether a token's row goes to a rank once, whatever experts of it are there.
+        transfer: how often a token's row travels; of `alltoall`.
         fp8: whether rows travel to the experts as 8-bit numbers.
     """
     wire: Wire = Float8Wire() if fp8 else PlainWire()
@@ -65,7 +66,10 @@ def make_dispatcher(
         case "local":
             return Local(channel, slots_per_rank)
         case "alltoall":
-            return (Deduplicated if dedup else AllToAll)(channel, slots_per_rank, wire)
+            if transfer == "node-dedup":
+                return NodeDeduplicated(channel, slots_per_rank, wire, nodes_of(plan))
+            once_a_rank = transfer == "direct"
+            return (Deduplicated if once_a_rank else AllToAll)(channel, slots_per_rank, wire)
         case "padded":
             model = plan.model
             return Padded(

@@ -267,7 +267,10 @@ def _notes(options: Options, choice: Choice, reran: int) -> Iterator[str]:
         )
     unused = [
         option
-        for option, given in (("--fp8-dispatch", options.fp8_dispatch), ("--dedup", options.dedup))
+        for option, given in (
+            ("--fp8-dispatch", options.fp8_dispatch),
+            ("--transfer", options.transfer not in (None, "per-choice")),
+        )
         if given and choice.dispatcher == "local"
     ]
     for option in unused:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from epplan.planner.plan import TransferMode
 from epplan.runtime.dispatchers.replicas import ReplicaChoice
 
 
@@ -21,7 +22,7 @@ class Options:
     dispatcher: str = "auto"
     micro_batches: int | None = None  # None: chosen
     replicas: ReplicaChoice = "share"
-    dedup: bool | None = None  # None: as the plan prices it
+    transfer: TransferMode | None = None  # None: as the plan prices it
     fp8_dispatch: bool = False
     capacity_factor: float = 1.25
     train: bool = False

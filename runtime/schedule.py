@@ -6,11 +6,13 @@ All ranks must choose alike, so only what all know goes in: the plan and the opt
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import torch
 
 from epplan.errors import InputError
+from epplan.planner.forwarding import Ints
 from epplan.planner.model import DTYPE_BYTES
-from epplan.planner.plan import Plan
+from epplan.planner.plan import Plan, TransferMode
 from epplan.runtime.dispatchers.dispatch import DispatcherKind
 from epplan.runtime.dispatchers.padded import capacity_for
 from epplan.runtime.dispatchers.replicas import ReplicaChoice, all_local
@@ -32,6 +34,11 @@ _PADDING_BYTES = 4 << 20
 _PADDING_BYTES_OF_GRAPH = 32 << 20
 _ACTIVATION_SHARE = 0.5  # of the memory the plan leaves free
 _SKEW = 2.0  # rows of the busiest rank over the mean, for memory
+_HOW_OFTEN: dict[TransferMode, str] = {
+    "per-choice": "once per choice",
+    "direct": "once to a rank",
+    "node-dedup": "once to a host, and on from there",
+}
 _NO_LONGER_DENSE = "gradients could not be compared with the dense model's"
 
 
@@ -56,7 +63,7 @@ class Choice:
     dispatcher: DispatcherKind
     dispatcher_reason: str
     schedule: Schedule
-    dedup: bool
+    transfer: TransferMode
     transfer_note: str | None  # what is sent, where the plan does not price one row per choice
 
 
@@ -77,41 +84,53 @@ def choose(plan: Plan, options: Options, device: torch.device) -> Choice:
         device_type=device.type,
     )
     dispatcher, reason = choose_dispatcher(
-        options.dispatcher, plan, workload, options.replicas, dedup=bool(options.dedup)
+        options.dispatcher, plan, workload, options.replicas, transfer=options.transfer
     )
-    dedup, note = choose_dedup(options.dedup, plan, dispatcher)
+    transfer, note = choose_transfer(options.transfer, plan, dispatcher)
     return Choice(
         dispatcher=dispatcher,
         dispatcher_reason=reason,
         schedule=choose_schedule(options.micro_batches, plan, workload, dispatcher),
-        dedup=dedup,
+        transfer=transfer,
         transfer_note=note,
     )
 
 
-def choose_dedup(
-    asked: bool | None, plan: Plan, dispatcher: DispatcherKind
-) -> tuple[bool, str | None]:
-    """Return whether a token's row goes to a rank once, and how that meets the plan's price.
+def choose_transfer(
+    asked: TransferMode | None, plan: Plan, dispatcher: DispatcherKind
+) -> tuple[TransferMode, str | None]:
+    """Return how often a token's row travels, and how that meets the plan's price.
 
     Args:
         asked: None: as the plan prices it.
         plan: names the transfer it was priced for.
-        dispatcher: only `alltoall` can send a row once.
+        dispatcher: only `alltoall` sends a row less often than it is chosen.
     """
-    planned, able = plan.workload.transfer, dispatcher == "alltoall"
-    if dispatcher == "local" or planned == "per-choice":
-        return bool(asked) and able, None
-    if plan.slots_per_rank == 1 and planned == "direct":
-        return bool(asked) and able, None  # a row per choice is a row per rank
-    dedup = able and asked is not False
-    sent = "once to a rank" if dedup else "once per choice"
-    if planned == "direct" and dedup:
-        return dedup, "rows go once to a rank, as the plan prices them (direct)"
-    why = "is not run here" if planned == "node-dedup" else "was not taken"
-    if planned == "direct" and not able:
+    planned = plan.workload.transfer
+    done = _plainest(asked or planned, plan) if dispatcher == "alltoall" else "per-choice"
+    if dispatcher == "local" or _plainest(planned, plan) == "per-choice":
+        return done, None
+    if done == _plainest(planned, plan):
+        return done, f"rows go {_HOW_OFTEN[done]}, as the plan prices them ({planned})"
+    why = "was not taken"
+    if dispatcher != "alltoall":
         why = f"is nothing dispatcher {dispatcher} can do"
-    return dedup, f"the plan prices transfer {planned}, which {why}: rows go {sent}"
+    return done, f"the plan prices transfer {planned}, which {why}: rows go {_HOW_OFTEN[done]}"
+
+
+def _plainest(transfer: TransferMode, plan: Plan) -> TransferMode:
+    """Return the plainest way in which the same rows travel."""
+    if transfer == "node-dedup" and nodes_of(plan).max() == 0:
+        transfer = "direct"  # there is no network to save
+    if transfer == "direct" and plan.slots_per_rank == 1:
+        return "per-choice"
+    return transfer
+
+
+def nodes_of(plan: Plan) -> Ints:
+    """Return the number of every rank's host, from 0 in rank order, [ranks]."""
+    hosts = list(dict.fromkeys(rank.host for rank in plan.ranks))
+    return np.array([hosts.index(rank.host) for rank in plan.ranks], dtype=np.intp)
 
 
 def _not_in_training(options: Options) -> list[tuple[str, bool, str]]:
@@ -133,7 +152,7 @@ def choose_dispatcher(
     workload: Workload,
     replicas: ReplicaChoice,
     *,
-    dedup: bool,
+    transfer: TransferMode | None,
     graph: bool = False,
 ) -> tuple[DispatcherKind, str]:
     """Return the dispatcher and why.
@@ -143,7 +162,7 @@ def choose_dispatcher(
         plan: the placement.
         workload: of a step.
         replicas: which copies are used.
-        dedup: whether a token's row goes to a rank once; `alltoall` only.
+        transfer: what was asked for; only `alltoall` sends a row less often than it is chosen.
         graph: whether a step that waits for nothing will be a CUDA graph.
 
     Raises:
@@ -159,9 +178,11 @@ def choose_dispatcher(
                 "or a plan with every expert on every rank, and --replicas nearest",
             ],
         )
-    if dedup and asked in ("padded", "local"):
+    once = transfer not in (None, "per-choice")
+    if once and asked in ("padded", "local"):
         raise InputError(
-            f"--dedup sends a row once to a rank, which dispatcher {asked} cannot do",
+            f"--transfer {transfer} sends a row less often than it is chosen, which dispatcher "
+            f"{asked} cannot do",
             hints=["take --dispatcher alltoall"],
         )
     match asked:
@@ -172,7 +193,7 @@ def choose_dispatcher(
         return "local", f"{whose}: no rows travel"
     padding = _padding_bytes(plan, workload)
     most = _PADDING_BYTES_OF_GRAPH if graph else _PADDING_BYTES
-    if workload.device_type == "cuda" and not dedup and padding <= most:
+    if workload.device_type == "cuda" and not once and padding <= most:
         return "padded", (
             f"decode size: {padding / 2**20:.1f} MiB of padding cost less than "
             + ("starting kernels one by one" if graph else "waiting for counts")

@@ -1,24 +1,29 @@
 """Every dispatcher over real gloo ranks, with experts simple enough to know the answer."""
 
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from epplan.planner.forwarding import through_islands
 from epplan.runtime.clock import PhaseClock, Place
 from epplan.runtime.dispatchers.alltoall import AllToAll
 from epplan.runtime.dispatchers.channel import Arriving, Channel
 from epplan.runtime.dispatchers.dedup import Deduplicated
 from epplan.runtime.dispatchers.dispatch import Dispatcher, Routed, gather_counts
 from epplan.runtime.dispatchers.local import Local
+from epplan.runtime.dispatchers.node_dedup import NodeDeduplicated
 from epplan.runtime.dispatchers.padded import Padded, capacity_for
 from epplan.runtime.dispatchers.wire import Float8Wire, PlainWire
 from tests.fork_ranks import RankError, run_ranks
 
 RANKS = 16
 HIDDEN = 8
+NODES = np.array([0, 0, 0, 0, 1, 2, 2, 1, 1, 1, 1, 2, 2, 0, 0, 0])  # of 7, 5 and 4 ranks
 PLACE = Place(layer=2, micro_batch=0)
 Choice = Callable[[int, int], Tensor]  # rank, slots per rank -> slot_TK
 
@@ -40,8 +45,19 @@ def dedup(rank: int, slots_per_rank: int) -> Dispatcher:
     return Deduplicated(channel(rank), slots_per_rank, PlainWire())
 
 
+def node_dedup(rank: int, slots_per_rank: int) -> Dispatcher:
+    return NodeDeduplicated(channel(rank), slots_per_rank, PlainWire(), NODES)
+
+
+def node_dedup_float8(rank: int, slots_per_rank: int) -> Dispatcher:
+    return NodeDeduplicated(channel(rank), slots_per_rank, Float8Wire(), NODES)
+
+
 def dedup_float8(rank: int, slots_per_rank: int) -> Dispatcher:
     return Deduplicated(channel(rank), slots_per_rank, Float8Wire())
+
+
+ROUNDED = [float8, dedup_float8, node_dedup_float8]
 
 
 def padded(rank: int, slots_per_rank: int) -> Dispatcher:
@@ -136,12 +152,12 @@ def scale_by_slot(
 
 
 @pytest.mark.parametrize("slots_per_rank", [1, 3])
-@pytest.mark.parametrize("make", [alltoall, dedup, padded, float8, dedup_float8])
+@pytest.mark.parametrize("make", [alltoall, dedup, node_dedup, padded, *ROUNDED])
 def test_rows_come_back_from_the_right_slots(
     make: Callable[[int, int], Dispatcher], slots_per_rank: int
 ) -> None:
     by_rank = run_ranks(scale_by_slot, RANKS, make, slots_per_rank)
-    tolerance = 0.07 if make in (float8, dedup_float8) else 1e-6
+    tolerance = 0.07 if make in ROUNDED else 1e-6
     for number, choice in enumerate(CHOICES):
         rows, counted, errors = zip(*(ranks[number] for ranks in by_rank), strict=True)
         assert max(errors) < tolerance
@@ -153,6 +169,47 @@ def test_rows_come_back_from_the_right_slots(
             assert rows[5] >= sent
         if choice is none_to_rank_3:
             assert counted[3] == 0
+
+
+def rows_sent(rank: int, slots_per_rank: int) -> tuple[list[int], list[int], list[int]]:
+    """Return the rows that leave a rank for each, and those it has for each rank and each node."""
+    dispatcher = node_dedup(rank, slots_per_rank)
+    own, sent = dispatcher.channel, torch.zeros(RANKS, dtype=torch.int64)
+    real = own.exchange
+
+    def counted(rows: Tensor, send: list[int], receive: list[int], **where: Any) -> Arriving:
+        if where["name"] in ("dispatch", "forward"):
+            sent.add_(torch.tensor(send))
+        return real(rows, send, receive, **where)
+
+    slot_TK = spread(rank, slots_per_rank)
+    routed = Routed(
+        x_TH=torch.zeros(len(slot_TK), HIDDEN),
+        slot_TK=slot_TK,
+        weights_TK=torch.ones(slot_TK.shape),
+        held=(True,) * slots_per_rank,
+        place=PLACE,
+    )
+    with patch.object(own, "exchange", counted):
+        through(dispatcher, routed)
+    ranks = [set((slots // slots_per_rank).tolist()) for slots in slot_TK]
+    nodes = [{int(NODES[each]) for each in token} for token in ranks]
+    return (
+        sent.tolist(),
+        [sum(each in token for token in ranks) for each in range(RANKS)],
+        [sum(node in token for token in nodes) for node in range(3)],
+    )
+
+
+def test_rows_are_forwarded_as_the_planner_prices_them() -> None:
+    by_rank = run_ranks(rows_sent, RANKS, 3)
+    sent, to_rank, to_node = (np.array(each) for each in zip(*by_rank, strict=True))
+    own = np.arange(RANKS)
+    to_node[own, NODES] = 0  # inside its own node a rank sends straight
+    expected = through_islands(to_rank.astype(float), to_node.astype(float), NODES)
+    # What stays on a rank: its own rows of its own node pass by both hops.
+    sent[own, own] = expected[own, own] = 0
+    assert np.array_equal(sent, expected)
 
 
 def overflow(rank: int) -> tuple[int | None, int]:
@@ -283,7 +340,7 @@ def reverse_rows(rank: int, kind: type[AllToAll] | type[Deduplicated]) -> None:
         (
             Deduplicated,
             r"ValueError: rank (\d) received \d wrong choices of \d in layer 2: choice \d is of "
-            r"token \d for slot \d, its row and the counts say token \d and slot \1",
+            r"row \d of its source for slot \d, its row and the counts say row \d and slot \1",
         ),
     ],
 )

@@ -61,14 +61,16 @@ def case(dispatcher: str, micro_batches: int, **options: Any) -> Options:
 ONE_COPY = [
     case("alltoall", 1),
     case("alltoall", 3),
-    case("alltoall", 2, dedup=True),
+    case("alltoall", 2, transfer="direct"),
+    case("alltoall", 3, transfer="node-dedup"),
     case("padded", 3),
 ]
 COPIES = [
     case("alltoall", 2),
-    case("alltoall", 1, dedup=True),
+    case("alltoall", 1, transfer="direct"),
     case("padded", 1),
-    case("alltoall", 3, dedup=True, replicas="nearest"),
+    case("alltoall", 3, transfer="direct", replicas="nearest"),
+    case("alltoall", 2, transfer="node-dedup"),
     case("padded", 2, replicas="nearest"),
 ]
 SHALLOW = REFERENCE.with_overrides(layers=2)
@@ -124,7 +126,12 @@ def run_uneven(rank: int, plan: Plan, cases: list[Options]) -> list[tuple[Tensor
 @pytest.mark.parametrize("spec", [SHALLOW, DEEPSEEK], ids=lambda spec: spec.name)
 def test_ranks_without_tokens_and_more_micro_batches_than_tokens(spec: ModelSpec) -> None:
     plan = make_plan(spec, RANKS, slots_per_rank=3, copies=5)
-    cases = [case("alltoall", 5), case("alltoall", 5, dedup=True), case("padded", 5)]
+    cases = [
+        case("alltoall", 5),
+        case("alltoall", 5, transfer="direct"),
+        case("alltoall", 5, transfer="node-dedup"),
+        case("padded", 5),
+    ]
     weights = SeededWeights(spec=spec, seed=0, device=SETTING.device, dtype=torch.float32)
     for runs in zip(*run_ranks(run_uneven, RANKS, plan, cases), strict=True):
         x_BSH, hidden_BSH = (torch.cat([run[number] for run in runs]) for number in (0, 1))
@@ -159,7 +166,7 @@ def run_biased_to_expert_5(rank: int, plan: Plan, cases: list[Options]) -> list[
 
 def test_all_tokens_to_one_expert() -> None:
     plan = make_plan(SHALLOW, RANKS)
-    cases = [case("alltoall", 2), case("alltoall", 1, dedup=True), case("padded", 2)]
+    cases = [case("alltoall", 2), case("alltoall", 1, transfer="direct"), case("padded", 2)]
     results = run_ranks(run_biased_to_expert_5, RANKS, plan, cases)[0]
     for result in results:
         _assert_all_to_expert_5(plan, result)

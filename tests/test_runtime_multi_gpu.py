@@ -42,7 +42,7 @@ CASES: list[dict[str, Any]] = [
     {"dispatcher": "alltoall"},
     {"dispatcher": "alltoall", "micro_batches": 3},
     {"dispatcher": "alltoall", "micro_batches": 9},
-    {"dispatcher": "alltoall", "dedup": True, "micro_batches": 2},
+    {"dispatcher": "alltoall", "transfer": "direct", "micro_batches": 2},
     {"dispatcher": "alltoall", "fp8_dispatch": True},
     {"dispatcher": "alltoall", "router_skew": 3.0, "micro_batches": 2},
     {"dispatcher": "padded"},

@@ -17,7 +17,7 @@ from epplan.runtime.environment import Setting
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
 from epplan.runtime.pipeline import CPU_TURNS, GPU_TURNS, Point, Schedule, Turns, take_turns
-from epplan.runtime.schedule import Workload, choose_dedup, choose_dispatcher, choose_schedule
+from epplan.runtime.schedule import Workload, choose_dispatcher, choose_schedule, choose_transfer
 from tests.fork_ranks import run_ranks
 from tests.plans import bare_plan
 from tests.runtime_cases import MIXTRAL, REFERENCE, make_plan
@@ -230,44 +230,43 @@ def test_micro_batches_elsewhere() -> None:
 def test_dispatchers_by_size() -> None:
     plan = reference_plan()
 
-    def chosen(size: Workload, **options: bool) -> tuple[str, str]:
-        dedup = options.get("dedup", False)
-        return choose_dispatcher("auto", plan, size, "share", dedup=dedup)
+    def chosen(size: Workload, transfer: TransferMode | None = None) -> tuple[str, str]:
+        return choose_dispatcher("auto", plan, size, "share", transfer=transfer)
 
     assert chosen(workload(16, 1)) == (
         "padded",
         "decode size: 1.5 MiB of padding cost less than waiting for counts",
     )
-    assert chosen(workload(16, 1), dedup=True)[0] == "alltoall"
+    assert chosen(workload(16, 1), "direct")[0] == "alltoall"
     assert chosen(workload(16, 1, "cpu"))[0] == "alltoall"
     assert chosen(workload(16, 1000)) == ("alltoall", "rows travel without padding")
 
 
 @pytest.mark.parametrize(
-    ("transfer", "asked", "dispatcher", "dedup", "note"),
+    ("planned", "asked", "dispatcher", "transfer", "note"),
     [
-        ("per-choice", None, "alltoall", False, None),
-        ("per-choice", True, "alltoall", True, None),
-        ("direct", None, "local", False, None),
+        ("per-choice", None, "alltoall", "per-choice", None),
+        ("per-choice", "direct", "alltoall", "direct", None),
+        ("direct", None, "local", "per-choice", None),
         (
             "direct",
             None,
             "alltoall",
-            True,
+            "direct",
             "rows go once to a rank, as the plan prices them (direct)",
         ),
         (
             "direct",
-            False,
+            "per-choice",
             "alltoall",
-            False,
+            "per-choice",
             "the plan prices transfer direct, which was not taken: rows go once per choice",
         ),
         (
             "direct",
             None,
             "padded",
-            False,
+            "per-choice",
             "the plan prices transfer direct, which is nothing dispatcher padded can do: rows go "
             "once per choice",
         ),
@@ -275,36 +274,48 @@ def test_dispatchers_by_size() -> None:
             "node-dedup",
             None,
             "alltoall",
-            True,
-            "the plan prices transfer node-dedup, which is not run here: rows go once to a rank",
+            "node-dedup",
+            "rows go once to a host, and on from there, as the plan prices them (node-dedup)",
+        ),
+        (
+            "node-dedup",
+            "direct",
+            "alltoall",
+            "direct",
+            "the plan prices transfer node-dedup, which was not taken: rows go once to a rank",
         ),
     ],
 )
 def test_rows_travel_as_the_plan_prices_them(
-    transfer: TransferMode,
-    asked: bool | None,
+    planned: TransferMode,
+    asked: TransferMode | None,
     dispatcher: DispatcherKind,
-    dedup: bool,
+    transfer: TransferMode,
     note: str | None,
 ) -> None:
-    plan = make_plan(MIXTRAL, 4, slots_per_rank=2)
+    plan = planned_for(make_plan(MIXTRAL, 4, slots_per_rank=2), planned)
+    assert choose_transfer(asked, plan, dispatcher) == (transfer, note)
+
+
+def test_the_plainest_way_of_the_same_rows_is_taken() -> None:
+    one_expert_a_rank = planned_for(reference_plan(), "direct")
+    assert choose_transfer(None, one_expert_a_rank, "alltoall") == ("per-choice", None)
+    one_host = planned_for(make_plan(MIXTRAL, 4, slots_per_rank=2, num_hosts=1), "node-dedup")
+    assert choose_transfer(None, one_host, "alltoall") == (
+        "direct",
+        "rows go once to a rank, as the plan prices them (node-dedup)",
+    )
+
+
+def planned_for(plan: Plan, transfer: TransferMode) -> Plan:
     workload = plan.workload.model_copy(update={"transfer": transfer})
-    plan = plan.model_copy(update={"workload": workload})
-    assert plan.slots_per_rank > 1
-    assert choose_dedup(asked, plan, dispatcher) == (dedup, note)
-
-
-def test_one_expert_a_rank_needs_no_deduplication() -> None:
-    plan = reference_plan()
-    workload = plan.workload.model_copy(update={"transfer": "direct"})
-    plan = plan.model_copy(update={"workload": workload})
-    assert choose_dedup(None, plan, "alltoall") == (False, None)
+    return plan.model_copy(update={"workload": workload})
 
 
 def test_dispatchers_that_cannot_run_the_plan() -> None:
     plan = make_plan(MIXTRAL, 8)
     with pytest.raises(InputError) as local:
-        choose_dispatcher("local", plan, workload(1, 1), "share", dedup=False)
+        choose_dispatcher("local", plan, workload(1, 1), "share", transfer=None)
     assert str(local.value) == (
         "dispatcher local moves no rows, and the plan's experts are spread over 8 ranks\n"
         "remedies:\n"
@@ -312,8 +323,9 @@ def test_dispatchers_that_cannot_run_the_plan() -> None:
         "  2. or a plan with every expert on every rank, and --replicas nearest"
     )
     with pytest.raises(InputError) as padded:
-        choose_dispatcher("padded", plan, workload(1, 1), "share", dedup=True)
+        choose_dispatcher("padded", plan, workload(1, 1), "share", transfer="direct")
     assert str(padded.value) == (
-        "--dedup sends a row once to a rank, which dispatcher padded cannot do\n"
+        "--transfer direct sends a row less often than it is chosen, which dispatcher padded "
+        "cannot do\n"
         "hint: take --dispatcher alltoall"
     )

@@ -79,7 +79,7 @@ def test_equals_the_dense_model(spec: ModelSpec, tmp_path: Path) -> None:
         {"dispatcher": "alltoall"},
         {"dispatcher": "alltoall", "micro_batches": 1},
         {"dispatcher": "alltoall", "micro_batches": 9},
-        {"dispatcher": "alltoall", "dedup": True},
+        {"dispatcher": "alltoall", "transfer": "direct"},
         {"dispatcher": "alltoall", "fp8_dispatch": True},
         {"dispatcher": "padded"},
         {"dispatcher": "padded", "capacity_factor": 0.1},

@@ -17,7 +17,7 @@ from torch import Tensor
 from .channel import Channel
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer, checked_counts
 from .flight import Flight
-from .order import count, inverse, stable_order, weighted_sum
+from .order import count, inverse, repeat_each, stable_order, weighted_sum
 from .wire import Wire
 
 
@@ -146,11 +146,3 @@ def slot_major(arriving_WP: Tensor, device: torch.device) -> Tensor | None:
         torch.arange(slots_per_rank).repeat(num_ranks), arriving_WP.flatten(), device
     )
     return stable_order(slot_R)
-
-
-def repeat_each(values: Tensor, times: Tensor, device: torch.device) -> Tensor:
-    """Return each of `values` the given number of times, on `device`; both come from the CPU."""
-    pinned = [x.pin_memory() if device.type == "cuda" else x for x in (values, times)]
-    on_device = [x.to(device, non_blocking=True) for x in pinned]
-    # Without output_size the host would wait for the device.
-    return on_device[0].repeat_interleave(on_device[1], output_size=int(times.sum()))

@@ -45,6 +45,14 @@ def number_within(key_N: Tensor, counts: Tensor) -> Tensor:
     return torch.empty_like(key_N).scatter_(0, order_N, numbers_N)
 
 
+def repeat_each(values: Tensor, times: Tensor, device: torch.device) -> Tensor:
+    """Return each of `values` the given number of times, on `device`; both come from the CPU."""
+    pinned = [x.pin_memory() if device.type == "cuda" else x for x in (values, times)]
+    on_device = [x.to(device, non_blocking=True) for x in pinned]
+    # Without output_size the host would wait for the device.
+    return on_device[0].repeat_interleave(on_device[1], output_size=int(times.sum()))
+
+
 def look_up(table: Tensor, index_TK: Tensor) -> Tensor:
     """Return table[index_TK]; all int64."""
     if can_run_short_step_kernels(index_TK):

@@ -25,7 +25,7 @@ from epplan.runtime.layer.kv_cache import KvCache
 from epplan.runtime.layer.layers import Layer, build_layers
 from epplan.runtime.model import ExpertParallelModel
 from epplan.runtime.pipeline import NO_TURNS, Schedule
-from epplan.runtime.schedule import Workload, choose_dispatcher, choose_schedule
+from epplan.runtime.schedule import Workload, choose_dispatcher, choose_schedule, choose_transfer
 from epplan.runtime.weights import SeededWeights, seeded_hidden
 
 from .bench_result import Phase
@@ -99,7 +99,7 @@ class PlanBench:
         )
         with_graph = _is_graphed(phase, options, self._weights.device)
         kind, reason = choose_dispatcher(
-            "auto", plan, workload, "share", dedup=False, graph=with_graph
+            "auto", plan, workload, "share", transfer=None, graph=with_graph
         )
         with_graph &= kind == "padded"  # the others wait for counts
         asked = options.micro_batches if options.overlap else 1
@@ -111,7 +111,7 @@ class PlanBench:
             plan,
             tokens=ceil(options.sequences / parts) * options.positions(phase),
             capacity_factor=1.25,
-            dedup=False,
+            transfer=choose_transfer(None, plan, kind)[0],
             fp8=False,
         )
         model = ExpertParallelModel(spec, self._layers, dispatcher, schedule, self._clock)
