@@ -4,8 +4,8 @@
 
 Needs root, `ip` and `tc`; takes a minute or two. 16 ranks run two layers of Qwen3-235B, scaled,
 with 64 experts, four a rank, top-8, on hosts whose links are shaped (tests/cluster/fabrics.py):
-once for each way in which rows can travel, by the plan that `epplan solve` makes for it. Prints JSON
-lines: the median step, and the bytes that left all hosts in a step, as their interfaces count.
+once for each way in which rows can travel, by the plan that `epplan solve` makes for it. Prints
+JSON lines: the median step, and the bytes that left all hosts in a step, as their interfaces count.
 """
 
 import json
