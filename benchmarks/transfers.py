@@ -72,9 +72,7 @@ def _plan(folder: Path, transfer: str, tokens: int) -> Path:
     return path
 
 
-def _run(
-    folder: Path, emulation: Emulation, plan: Path, tokens: int, steps: int
-) -> dict[str, Any]:
+def _run(folder: Path, emulation: Emulation, plan: Path, tokens: int, steps: int) -> dict[str, Any]:
     setting, pids = folder / "emulation.json", folder / "pids"
     pids.mkdir(exist_ok=True)
     rank_on_host.write_setting(setting, emulation, pids)
