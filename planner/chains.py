@@ -53,17 +53,26 @@ def pick(rows: npt.NDArray[Number], index: Ints) -> npt.NDArray[Number]:
     return picked
 
 
-def falling_order(amount: Floats) -> Ints:
-    """Return the order of every row's amounts from the largest, the first of equal ones first.
+def rising_order(amount: Floats) -> Ints:
+    """Return the order of every row's amounts from the smallest, the first of equal ones first.
 
     Amounts are not negative, so their bits rise with them. The column takes the place of the
     lowest bits: a sort of whole numbers, all different, is the fastest there is and the same on
     every processor. Amounts that differ by less than 2^-40 of themselves (rows of up to 4096)
     count as equal.
     """
-    columns = amount.shape[1]
+    return _order(amount.view(np.int64))
+
+
+def falling_order(amount: Floats) -> Ints:
+    """Return the order from the largest, otherwise like `rising_order`."""
+    return _order(~amount.view(np.int64))
+
+
+def _order(bits: Ints) -> Ints:
+    columns = bits.shape[1]
     mask = (1 << (columns - 1).bit_length()) - 1
-    key = (~amount.view(np.int64) & ~mask) | np.arange(columns)
+    key = (bits & ~mask) | np.arange(columns)
     key.sort(axis=1)
     order: Ints = key & mask
     return order
@@ -85,7 +94,7 @@ def least_level(load: Floats, size: Ints, slots: int) -> tuple[Floats, Bools]:
         The level [L]; which chains are among those fullest ones, [L, B]: none where it is even.
     """
     lead = load[:, : size.shape[1]]
-    fullest = np.argsort(-lead / size, axis=1, kind="stable")
+    fullest = falling_order(lead / size)
     gpus = np.cumsum(pick(size, fullest), axis=1)
     held = np.cumsum(pick(lead, fullest), axis=1)
     least = np.cumsum(load[:, ::-1], axis=1)
@@ -134,7 +143,7 @@ def fill(load: Floats, size: Ints, slots: int, goal: Floats, sets_goal: Bools) -
         is_full = is_last | (level + least >= goal[:, None])
         room = num_gpus - is_full.sum(axis=1, keepdims=True)
         level = np.where(is_full, level + _LATER, level + ahead * mean) + is_last * _LATER
-        gpu = np.argsort(level, axis=1, kind="stable") + layer * num_gpus
+        gpu = rising_order(level) + layer * num_gpus
         taken = np.where(
             place < room,
             head + place,
@@ -168,7 +177,7 @@ def fill_copies(load: Floats, expert: Ints, num_gpus: int) -> Chains:
     for row, held in enumerate(item):
         taken = row * num_gpus + np.arange(num_gpus)
         level = np.where(has == expert[:, taken[:1]], total + _LATER, total)
-        gpu = np.argsort(level, axis=1, kind="stable")
+        gpu = rising_order(level)
         np.put_along_axis(held, gpu, taken[None], axis=1)
         total += pick(load, held)
         has = pick(expert, held)

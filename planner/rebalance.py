@@ -10,7 +10,10 @@ each other, and with R >= G - 1 there is one chain and the balance is exact for 
     1. size    the hottest experts start a chain each; GPUs are apportioned to them
     2. fill    heaviest expert to the lightest chain, all layers and GPUs a row at a time
     3. swap    experts between heavy and light chains, while the heavier one falls
-    4. pour    along each chain: every GPU takes exactly its part
+    4. pour    every GPU takes exactly its part of its chain
+
+One chain needs neither 2 nor 3. Time goes into calls of numpy more than into arithmetic, so there
+are few of them and each is for all layers.
 
 With equal shares a replica takes 1 / count of its expert: chains are single GPUs, and what is
 swapped are replicas. GPUs are interchangeable here; hosts and links are the business of
@@ -165,10 +168,10 @@ def _one_chain(falling: Floats, num_gpus: int, slots: int) -> tuple[Ints, Floats
     """
     num_experts = falling.shape[1]
     extra = (slots - 1) * num_gpus + 1 - num_experts
-    coolest = np.where(falling > 1, 0, falling)
-    order = falling_order(coolest)
+    cool = np.where(falling > 1, 0, falling)
+    order = falling_order(cool)
     count = np.empty(falling.shape, dtype=np.int64)
-    lifted = _apportion(pick(coolest, order), extra, num_gpus, _EVEN)
+    lifted = _apportion(pick(cool, order), extra, num_gpus, _EVEN)
     np.put_along_axis(count, order, lifted, axis=1)
     expert, each = _copies(falling, count)
     chains = Chains(
@@ -213,13 +216,13 @@ def _copies(falling: Floats, count: Ints) -> tuple[Ints, Floats]:
 def _levelled(falling: Floats, num_gpus: int, num_slots: int) -> tuple[Ints, Floats]:
     """Return equal shares, shifted so that GPUs with copies of the same expert are level."""
     num_layers, num_experts = falling.shape
-    item, part = _equal_by(falling, num_slots, num_gpus, _EVEN)
+    count = _apportion(falling, num_slots - num_experts, num_gpus, _EVEN)
+    item, part = _placed(falling, count, num_gpus)
     load = part.sum(axis=0)
     key = item + (np.arange(num_layers) * num_experts)[:, None]  # experts of all layers
-    count = np.bincount(key.ravel(), minlength=falling.size)
-    slot = np.where(count[key] > 1, part, -1.0).argmax(axis=0)[None]  # a GPU's hottest split expert
+    slot = np.where(count.take(key) > 1, part, -1.0).argmax(axis=0)[None]  # a GPU's hottest split
     expert, copy = (np.take_along_axis(rows, slot, axis=0)[0] for rows in (key, part))
-    split = count[expert] > 1
+    split = count.take(expert) > 1
     number = np.bincount(expert[split], minlength=falling.size)
     mean = np.bincount(expert[split], load[split], falling.size) / np.maximum(number, 1)
     shifted = np.where(split, copy + mean[expert] - load, copy)
@@ -235,11 +238,14 @@ def _equal(falling: Floats, num_slots: int, num_gpus: int) -> tuple[Ints, Floats
     GPUs remain uneven, the largest load / (count - 1/2) is tried too (Webster's apportionment): it
     leaves copies more alike, which pack better in few slots.
     """
-    item, part = _equal_by(falling, num_slots, num_gpus, _EVEN)
-    uneven = np.flatnonzero(_busiest(part) * _GOOD > 1)
+    extra = num_slots - falling.shape[1]
+    item, part = _placed(falling, _apportion(falling, extra, num_gpus, _EVEN), num_gpus)
+    busiest = _busiest(part)
+    count = _apportion(falling, extra, num_gpus, _ROUNDED)
+    hottest = (falling / count).max(axis=1)  # copy; no use where it alone is hotter
+    uneven = np.flatnonzero((busiest * _GOOD > 1) & (hottest < busiest))
     if uneven.size:
-        other = _equal_by(falling[uneven], num_slots, num_gpus, _ROUNDED)
-        _take_better(item, part, uneven, *other)
+        _take_better(item, part, uneven, *_placed(falling[uneven], count[uneven], num_gpus))
     return item, part
 
 
@@ -254,8 +260,8 @@ def _busiest(part: Floats) -> Floats:
     return busiest
 
 
-def _equal_by(falling: Floats, num_slots: int, num_gpus: int, offset: float) -> tuple[Ints, Floats]:
-    count = _apportion(falling, num_slots - falling.shape[1], num_gpus, offset)
+def _placed(falling: Floats, count: Ints, num_gpus: int) -> tuple[Ints, Floats]:
+    """Return the expert and the load of every slot for copies of equal shares, `count` [L, E]."""
     expert, each = _copies(falling, count)
     chains = fill_copies(each, expert, num_gpus)
     swap(chains, expert)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chains import Bools, Chains, Floats, Floats32, Ints, pick
+from .chains import Bools, Chains, Floats, Floats32, Ints, pick, rising_order
 
 _CLOSE = 1 + 1e-6  # a layer this near its bound is not swapped any further
 _SIGNIFICANT = np.float32(1 - 1e-6)  # a swap must gain more than float32 rounding
@@ -98,18 +98,21 @@ def _pairs(level: Floats32, num_heavy: int, number: int) -> tuple[Ints, Ints]:
     """Return the heaviest chains [M, L], and as many lighter for each [J, M, L], of B * L."""
     num_chains, num_layers = level.shape
     each = (num_chains - num_heavy) // num_heavy
-    rising = np.argsort(np.ascontiguousarray(level.T), axis=1, kind="stable").T
+    rising = rising_order(level.T.astype(np.float64, order="C")).T
     chain = rising * num_layers + np.arange(num_layers)
     light = chain[: num_heavy * each].reshape(each, num_heavy, num_layers)
-    return chain[: -num_heavy - 1 : -1], np.roll(light, number, axis=1)
+    turn = number % num_heavy
+    turned = np.concatenate([light[:, num_heavy - turn :], light[:, : num_heavy - turn]], axis=1)
+    return chain[: -num_heavy - 1 : -1], turned
 
 
 def _swap_round(search: _Search, heavy: Ints, light: Ints, number: int, is_open: Bools) -> None:
     """Make the best swap of every heavy chain that helps; chains offer one GPU each, in turn."""
     slots, num_gpus = search.load.shape
-    gpu_a = (search.first + number % search.size).ravel()
-    # In time every GPU of a chain meets every GPU of another.
-    gpu_b = (search.first + (number + number // search.size) % search.size).ravel()
+    # By size of the chain; in time every GPU of a chain meets every GPU of another.
+    size = np.maximum(1, np.arange(int(search.size.max()) + 1))
+    gpu_a = (search.first + (number % size).take(search.size)).ravel()
+    gpu_b = (search.first + ((number + number // size) % size).take(search.size)).ravel()
     level, inverse = search.level.ravel(), search.inverse.ravel()
     best, lowest = _best(search, gpu_a.take(heavy), gpu_b.take(light), heavy, light)
     wanted = np.where(is_open, level.take(heavy) * _SIGNIFICANT, 0).ravel()
