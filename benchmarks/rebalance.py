@@ -1,6 +1,6 @@
 """The fast rebalance: time and balance, beside DeepSeek's EPLB where it is given.
 
-    python benchmarks/rebalance.py [--eplb PATH/eplb.py] [--traces counts.npz]
+    python benchmarks/rebalance.py [--eplb PATH/eplb.py] [--traces counts.npz] [--anywhere N]
 
 EPLB (github.com/deepseek-ai/EPLB, one file) is fetched by whoever runs this; without it its figures
 are left out. One JSON line a case: balance is mean over max GPU load, mean and worst over layers
@@ -9,6 +9,7 @@ processor time, which other work on the machine disturbs less; bound is what no 
 shares exceed, of the first seed's layers (of the first start's). EPLB runs hierarchically (8
 groups, 4 or 8 hosts) and globally. The trace is `counts` [iterations, source ranks, layers,
 experts] with `iters`: planned at one iteration, judged there and later, mean of 21 starts.
+`--anywhere` compares N random cases of three layers with EPLB: how many layers are below it.
 """
 
 import importlib.util
@@ -36,12 +37,18 @@ Plan = Callable[[Floats, int, int], tuple[Ints, Floats]]
 @click.command()
 @click.option("--eplb", type=click.Path(path_type=Path, exists=True), help="EPLB's eplb.py.")
 @click.option("--traces", type=click.Path(path_type=Path, exists=True), help="Recorded counts.")
-def main(eplb: Path | None, traces: Path | None) -> None:
+@click.option("--anywhere", type=int, help="Only this many random cases beside EPLB.")
+def main(eplb: Path | None, traces: Path | None, anywhere: int | None) -> None:
     """Run all cases and print."""
     peer = None if eplb is None else _load_eplb(eplb)
     for name, option in (("--eplb", eplb), ("--traces", traces)):
         if option is None:
             click.echo(f"no {name} given: left out", err=True)
+    if anywhere is not None:
+        if peer is None:
+            raise click.UsageError("--anywhere compares with EPLB: give --eplb")
+        _anywhere(anywhere, peer)
+        return
     for rule in ("uniform", "zipf", "lognormal"):
         for gpus in GPU_HOSTS:
             _case(rule, gpus, peer)
@@ -142,6 +149,40 @@ def _balance(load: Floats, shares: Floats) -> Floats:
     on_gpu = (shares * load[:, None, :]).sum(axis=2)
     balance: Floats = on_gpu.mean(axis=1) / on_gpu.max(axis=1)
     return balance
+
+
+def _anywhere(cases: int, peer: Any) -> None:
+    """Compare on random sizes and loads of every skew, and print the layers below EPLB."""
+    random = np.random.default_rng(0)
+    lacking: dict[str, list[float]] = {"free": [], "equal": []}
+    for _ in range(cases):
+        gpus, each = int(random.integers(2, 97)), int(random.integers(2, 12))
+        slots = gpus * each
+        experts = slots - int(random.integers(0, min(slots // 2, 2 * gpus)))
+        experts = min(max(experts, each), slots)
+        load = _skewed(random, experts)
+        eplb = _eplb(peer, "global")(load, slots, gpus)
+        reached = _balance(load, _on_gpus(*eplb, experts, gpus))
+        for shares in ("free", "equal"):
+            ours = rebalance(load, slots, gpus, shares=shares).balance
+            lacking[shares] += [float(x) for x in (1 - ours / reached)]
+    line: dict[str, object] = {"case": "anywhere", "layers": len(lacking["free"])}
+    for name, gaps in lacking.items():
+        line[name] = {"below_eplb": sum(gap > 1e-9 for gap in gaps), "most": max(0.0, *gaps)}
+    _print(line)
+
+
+def _skewed(random: np.random.Generator, experts: int) -> Floats:
+    """Return three layers of a random kind of load, [3, experts]."""
+    kind, skew = random.integers(4), random.uniform(0.05, 2)
+    if kind == 0:
+        return random.lognormal(0, skew, (3, experts))
+    if kind == 1:
+        return random.dirichlet(np.full(experts, skew), 3) + 1e-12
+    if kind == 2:
+        return random.integers(1, 1000, (3, experts)).astype(np.float64)
+    ranked = 1 / np.arange(1, experts + 1) ** skew
+    return np.stack([random.permutation(ranked) for _ in range(3)])
 
 
 def _trace(path: Path, peer: Any) -> None:
