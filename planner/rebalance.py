@@ -10,7 +10,10 @@ each other, and with R >= G - 1 there is one chain and the balance is exact for 
     1. size    the hottest experts start a chain each; GPUs are apportioned to them
     2. fill    heaviest expert to the lightest chain, all layers and GPUs a row at a time
     3. swap    experts between heavy and light chains, while the heavier one falls
-    4. pour    along each chain: every GPU takes exactly its part
+    4. pour    every GPU takes exactly its part of its chain
+
+One chain needs neither 2 nor 3. Time goes into calls of numpy more than into arithmetic, so there
+are few of them and each is for all layers.
 
 With equal shares a replica takes 1 / count of its expert: chains are single GPUs, and what is
 swapped are replicas. GPUs are interchangeable here; hosts and links are the business of
@@ -25,13 +28,25 @@ import numpy.typing as npt
 
 from epplan.errors import InputError
 
-from .chains import Floats, Ints, fill, least_level, pick, pour, swap
+from .chains import (
+    Chains,
+    Floats,
+    Ints,
+    Number,
+    falling_order,
+    fill,
+    fill_copies,
+    least_level,
+    pick,
+)
+from .pour import pour
+from .swaps import swap
 
 # A copy more for the expert with most load / (count + offset); see `_equal`.
 _EVEN, _ROUNDED = 0.0, -0.5
 _GOOD = 0.98  # balance of equal shares from which no other counts are tried
-_HOT = 1.02  # GPU means: where hot experts allow no lower level, equal shares are tried too
-_NEAR = 1.005  # of that level: good enough
+# Free shares this much above the mean, and above the level worth reaching: equal ones are tried.
+_UNEVEN, _MISSED = 1.005, 1.0005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,22 +89,20 @@ def rebalance(
         InputError: the load is no such matrix, or the slots do not fit.
     """
     amounts = _checked(load, num_slots, num_gpus)
-    num_layers, num_experts = amounts.shape
+    num_experts = amounts.shape[1]
     mean = amounts.sum(axis=1, keepdims=True) / num_gpus
     scaled = amounts / np.where(mean > 0, mean, 1)  # in GPU means: 1 is a GPU's fair part
-    order = np.argsort(-scaled, axis=1, kind="stable")
-    falling = np.take_along_axis(scaled, order, axis=1)
-    extra = num_slots - num_experts
-    if shares == "free" or not extra:
+    order = falling_order(scaled)
+    falling = pick(scaled, order)
+    if shares == "free" or num_slots == num_experts:
         item, part = _free(falling, num_slots, num_gpus)
     else:
         item, part = _equal(falling, num_slots, num_gpus)
-    expert = np.take_along_axis(order, item.reshape(num_layers, num_slots), axis=1)
-    share = _shares(expert, part.reshape(num_layers, num_slots), num_experts)
-    gpu_load = (share * np.take_along_axis(amounts, expert, axis=1)).reshape(
-        num_layers, num_gpus, -1
+    return Rebalanced(
+        expert_of_slot=pick(order, _by_slot(item)),
+        share_of_slot=_shares(_by_slot(item), _by_slot(part), num_experts),
+        gpu_load=part.sum(axis=0) * mean,
     )
-    return Rebalanced(expert_of_slot=expert, share_of_slot=share, gpu_load=gpu_load.sum(axis=2))
 
 
 def _checked(load: npt.ArrayLike, num_slots: int, num_gpus: int) -> Floats:
@@ -117,74 +130,104 @@ def _checked(load: npt.ArrayLike, num_slots: int, num_gpus: int) -> Floats:
     return amounts
 
 
-def _free(falling: Floats, num_slots: int, num_gpus: int) -> tuple[Ints, Floats]:
-    """Return rank of the expert by load, and the load taken, of every slot, both [L * G, K].
+def _by_slot(rows: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """Return [L, S], GPU by GPU, of [K, L, G]."""
+    return rows.transpose(1, 2, 0).reshape(rows.shape[1], -1)
 
-    Where hot experts keep the level high, chains are long and coarse to balance; equal shares of
-    the same copies, levelled, are sometimes a little better, and there they are tried first.
+
+def _free(falling: Floats, num_slots: int, num_gpus: int) -> tuple[Ints, Floats]:
+    """Return rank of the expert by load, and the load taken, of every slot, both [K, L, G].
+
+    Where chains stay above the level worth reaching, equal shares, levelled, are tried too.
 
     Args:
         falling: load of every expert in GPU means, falling, [L, E].
         num_slots: S.
         num_gpus: G.
     """
-    num_layers, num_experts = falling.shape
-    extra = num_slots - num_experts
-    num_chains = max(1, num_gpus - extra)
-    size = _apportion(falling[:, :num_chains], num_gpus - num_chains, num_gpus, _EVEN)
-    level = least_level(falling, size, num_slots // num_gpus) if num_chains > 1 else np.ones(1)
-    hot = np.flatnonzero(level > _HOT)
-    if not extra or not hot.size:
-        return _chained(falling, size, num_slots // num_gpus)
-    item = np.zeros((num_layers, num_gpus, num_slots // num_gpus), dtype=np.int64)
-    part = np.zeros(item.shape)
-    item[hot], part[hot] = (
-        x.reshape(item[hot].shape) for x in _levelled(falling[hot], num_gpus, num_slots)
-    )
-    busiest = np.full(num_layers, np.inf)
-    busiest[hot] = part[hot].sum(axis=2).max(axis=1)
-    rest = np.flatnonzero(busiest > level * _NEAR)
-    if rest.size:
-        shape = (rest.size, *item.shape[1:])
-        found, taken = _chained(falling[rest], size[rest], num_slots // num_gpus)
-        found, taken = found.reshape(shape), taken.reshape(shape)
-        better = taken.sum(axis=2).max(axis=1) < busiest[rest]
-        item[rest[better]], part[rest[better]] = found[better], taken[better]
-    return item.reshape(-1, item.shape[2]), part.reshape(-1, item.shape[2])
-
-
-def _chained(falling: Floats, size: Ints, slots: int) -> tuple[Ints, Floats]:
-    """Return the same by chains of `size` GPUs [L, B]."""
-    num_layers, num_experts = falling.shape
-    num_gpus = int(size[0].sum())
-    # Replicas beyond the G - 1 splits of a single chain: items without load, [L, N].
-    spare = np.zeros((num_layers, max(0, slots * num_gpus - num_experts - num_gpus + 1)))
-    load = np.concatenate([falling, spare], axis=1)
-    level = least_level(load, size, slots)
-    chains = fill(load, size, slots, level, None)
-    swap(chains, level, None)
+    slots, extra = num_slots // num_gpus, num_slots - falling.shape[1]
+    if extra >= num_gpus - 1:
+        return _one_chain(falling, num_gpus, slots)
+    size = _apportion(falling[:, : num_gpus - extra], extra, num_gpus, _EVEN)
+    goal, sets_goal = least_level(falling, size, slots)
+    chains = fill(falling, size, slots, goal, sets_goal)
+    swap(chains, None)
     part = pour(chains)
-    return _spares_to_hottest(chains.item, num_experts), part
+    missed = np.flatnonzero(_busiest(part) > np.maximum(goal * _MISSED, _UNEVEN))
+    if missed.size:
+        other = _levelled(falling[missed], num_gpus, num_slots)
+        _take_better(chains.item, part, missed, *other)
+    return chains.item, part
+
+
+def _one_chain(falling: Floats, num_gpus: int, slots: int) -> tuple[Ints, Floats]:
+    """Return the same where there are replicas enough for a single chain, which is exact.
+
+    Replicas beyond its G - 1 splits are made before, of experts that hardly any split would reach:
+    those within a GPU's part. That changes nothing now, and less when loads change.
+    """
+    num_experts = falling.shape[1]
+    extra = (slots - 1) * num_gpus + 1 - num_experts
+    cool = np.where(falling > 1, 0, falling)
+    order = falling_order(cool)
+    count = np.empty(falling.shape, dtype=np.int64)
+    lifted = _apportion(pick(cool, order), extra, num_gpus, _EVEN)
+    np.put_along_axis(count, order, lifted, axis=1)
+    expert, each = _copies(falling, count)
+    chains = Chains(
+        load=np.pad(each, ((0, 0), (0, 1))),
+        size=np.full((len(falling), 1), num_gpus),
+        item=np.empty((slots, len(falling), num_gpus), dtype=np.int64),
+    )
+    part = pour(chains)
+    item = _merge(pick(expert, chains.item), part, num_experts)
+    _spares_to_hottest(item, num_experts)
+    return item, part
+
+
+def _merge(expert: Ints, part: Floats, spare: int) -> Ints:
+    """Return the experts of slots [K, L, G], `spare` where a GPU had one twice.
+
+    Slots of a GPU are sorted by expert, and `part` with them, in place.
+    """
+    order = np.argsort(expert, axis=0, kind="stable")
+    expert = np.take_along_axis(expert, order, axis=0)
+    part[:] = np.take_along_axis(part, order, axis=0)
+    twice = expert[1:] == expert[:-1]
+    for slot in np.flatnonzero(twice.any(axis=(1, 2)))[::-1]:
+        moved = np.where(twice[slot], part[slot + 1], 0)
+        part[slot] += moved
+        part[slot + 1] -= moved
+    expert[1:][twice] = spare
+    return expert
+
+
+def _copies(falling: Floats, count: Ints) -> tuple[Ints, Floats]:
+    """Return the expert and the load of every copy, the heaviest first, both [L, copies]."""
+    num_layers, num_experts = falling.shape
+    # In expert order; those of an expert stay together in the order by load.
+    copies = np.repeat(np.tile(np.arange(num_experts), num_layers), count.ravel())
+    expert: Ints = copies.reshape(num_layers, -1)
+    each = pick(falling / count, expert)
+    order = falling_order(each)
+    return pick(expert, order), pick(each, order)
 
 
 def _levelled(falling: Floats, num_gpus: int, num_slots: int) -> tuple[Ints, Floats]:
     """Return equal shares, shifted so that GPUs with copies of the same expert are level."""
     num_layers, num_experts = falling.shape
-    of_layer, taken = _equal_by(falling, num_slots, num_gpus, _EVEN)
-    item = of_layer.reshape(num_layers * num_gpus, -1)
-    part = taken.reshape(num_layers * num_gpus, -1)
-    load = part.sum(axis=1)
-    key = item + (np.repeat(np.arange(num_layers), num_gpus) * num_experts)[:, None]
-    count = np.bincount(key.ravel(), minlength=falling.size)
-    gpu = np.arange(len(item))
-    slot = np.where(count[key] > 1, part, -1.0).argmax(axis=1)  # of a GPU's hottest split expert
-    expert, copy = key[gpu, slot], part[gpu, slot]
-    split = count[expert] > 1
+    count = _apportion(falling, num_slots - num_experts, num_gpus, _EVEN)
+    item, part = _placed(falling, count, num_gpus)
+    load = part.sum(axis=0)
+    key = item + (np.arange(num_layers) * num_experts)[:, None]  # experts of all layers
+    slot = np.where(count.take(key) > 1, part, -1.0).argmax(axis=0)[None]  # a GPU's hottest split
+    expert, copy = (np.take_along_axis(rows, slot, axis=0)[0] for rows in (key, part))
+    split = count.take(expert) > 1
     number = np.bincount(expert[split], minlength=falling.size)
     mean = np.bincount(expert[split], load[split], falling.size) / np.maximum(number, 1)
     shifted = np.where(split, copy + mean[expert] - load, copy)
     short = np.bincount(expert[shifted < 0], minlength=falling.size) > 0
-    part[gpu, slot] = np.where(short[expert], copy, shifted)
+    np.put_along_axis(part, slot, np.where(short[expert], copy, shifted)[None], axis=0)
     return item, part
 
 
@@ -195,35 +238,34 @@ def _equal(falling: Floats, num_slots: int, num_gpus: int) -> tuple[Ints, Floats
     GPUs remain uneven, the largest load / (count - 1/2) is tried too (Webster's apportionment): it
     leaves copies more alike, which pack better in few slots.
     """
-    item, part = _equal_by(falling, num_slots, num_gpus, _EVEN)
-    uneven = np.flatnonzero(_busiest(part, num_gpus) * _GOOD > 1)
+    extra = num_slots - falling.shape[1]
+    item, part = _placed(falling, _apportion(falling, extra, num_gpus, _EVEN), num_gpus)
+    busiest = _busiest(part)
+    count = _apportion(falling, extra, num_gpus, _ROUNDED)
+    hottest = (falling / count).max(axis=1)  # copy; no use where it alone is hotter
+    uneven = np.flatnonzero((busiest * _GOOD > 1) & (hottest < busiest))
     if uneven.size:
-        found, taken = _equal_by(falling[uneven], num_slots, num_gpus, _ROUNDED)
-        better = _busiest(taken, num_gpus) < _busiest(part[uneven], num_gpus)
-        item[uneven[better]], part[uneven[better]] = found[better], taken[better]
+        _take_better(item, part, uneven, *_placed(falling[uneven], count[uneven], num_gpus))
     return item, part
 
 
-def _busiest(part: Floats, num_gpus: int) -> Floats:
-    busiest: Floats = part.reshape(len(part), num_gpus, -1).sum(axis=2).max(axis=1)
+def _take_better(item: Ints, part: Floats, layers: Ints, found: Ints, taken: Floats) -> None:
+    """Replace what is worse, in place, by what was found for the layers given."""
+    better = _busiest(taken) < _busiest(part)[layers]
+    item[:, layers[better]], part[:, layers[better]] = found[:, better], taken[:, better]
+
+
+def _busiest(part: Floats) -> Floats:
+    busiest: Floats = part.sum(axis=0).max(axis=1)
     return busiest
 
 
-def _equal_by(falling: Floats, num_slots: int, num_gpus: int, offset: float) -> tuple[Ints, Floats]:
-    num_layers, num_experts = falling.shape
-    count = _apportion(falling, num_slots - num_experts, num_gpus, offset)
-    # Replicas in expert order, then by falling load; those of an expert stay together. [L, S]
-    copies = np.repeat(np.tile(np.arange(num_experts), num_layers), count.ravel())
-    expert: Ints = copies.reshape(num_layers, num_slots)
-    each = pick(falling / count, expert)
-    order = np.argsort(-each, axis=1, kind="stable")
-    expert, each = pick(expert, order), pick(each, order)
-    single = np.ones((num_layers, num_gpus), dtype=np.int64)
-    level = least_level(each, single, num_slots // num_gpus)
-    chains = fill(each, single, num_slots // num_gpus, level, expert)
-    swap(chains, level, expert)
-    slots = chains.item.reshape(num_layers, num_slots)
-    return pick(expert, slots), pick(each, slots)
+def _placed(falling: Floats, count: Ints, num_gpus: int) -> tuple[Ints, Floats]:
+    """Return the expert and the load of every slot for copies of equal shares, `count` [L, E]."""
+    expert, each = _copies(falling, count)
+    chains = fill_copies(each, expert, num_gpus)
+    swap(chains, expert)
+    return pick(expert, chains.item), pick(each, chains.item)
 
 
 def _apportion(falling: Floats, extra: int, most: int, offset: float) -> Ints:
@@ -239,29 +281,32 @@ def _apportion(falling: Floats, extra: int, most: int, offset: float) -> Ints:
     lifts = np.minimum(most - 1, extra // np.arange(1, min(num_items, extra) + 1))
     item = np.repeat(np.arange(len(lifts)), lifts)
     count = np.arange(len(item)) - np.repeat(np.cumsum(lifts) - lifts, lifts) + 1
-    best = np.argsort(-falling[:, item] / (count + offset), axis=1, kind="stable")[:, :extra]
+    best = falling_order(falling[:, item] / (count + offset))[:, :extra]
     lifted = item[best] + (np.arange(num_layers) * num_items)[:, None]
     return 1 + np.bincount(lifted.ravel(), minlength=falling.size).reshape(falling.shape)
 
 
-def _spares_to_hottest(item: Ints, num_experts: int) -> Ints:
-    """Replace items without load by the hottest experts that the GPU does not have, [L * G, K].
+def _spares_to_hottest(item: Ints, num_experts: int) -> None:
+    """Replace items without load by the hottest experts that the GPU does not have, in place.
 
     Of the K hottest experts at least as many are missing as the GPU has spare slots.
     """
-    spare = item >= num_experts
-    if not spare.any():
-        return item
-    hottest = np.arange(item.shape[1])
-    here = (item[:, :, None] == hottest).any(axis=1)
-    missing = np.argsort(here, axis=1, kind="stable")  # hottest first
-    number = np.cumsum(spare, axis=1) - 1
-    return np.where(spare, np.take_along_axis(missing, np.maximum(number, 0), axis=1), item)
+    slots = len(item)
+    layer, gpu = np.nonzero((item >= num_experts).any(axis=0))
+    some = item[:, layer, gpu]  # [K, those with a spare]
+    spare = some >= num_experts
+    here = (some == np.arange(slots)[:, None, None]).any(axis=1)
+    missing = np.argsort(here, axis=0, kind="stable")  # hottest first
+    number = np.maximum(np.cumsum(spare, axis=0) - 1, 0)
+    item[:, layer, gpu] = np.where(spare, np.take_along_axis(missing, number, axis=0), some)
 
 
-def _shares(expert: Ints, part: Floats, num_experts: int) -> Floats:
+def _shares(item: Ints, part: Floats, num_experts: int) -> Floats:
     """Return parts of loads as parts of 1, [L, S]; an expert without load is shared equally."""
-    key = (expert + (np.arange(len(expert)) * num_experts)[:, None]).ravel()
-    total = np.bincount(key, part.ravel())[key].reshape(part.shape)
-    count = np.bincount(key)[key].reshape(part.shape)
+    key = item + (np.arange(len(item)) * num_experts)[:, None]
+    total = np.bincount(key.ravel(), part.ravel(), len(item) * num_experts)
+    if total.all():
+        return part / total.take(key)
+    count = np.bincount(key.ravel()).take(key)
+    total = total.take(key)
     return np.where(total > 0, part / np.where(total > 0, total, 1), 1 / count)
