@@ -1,6 +1,6 @@
 """Every dispatcher over real gloo ranks, with experts simple enough to know the answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -173,14 +173,20 @@ def test_rows_come_back_from_the_right_slots(
 
 def rows_sent(rank: int, slots_per_rank: int) -> tuple[list[int], list[int], list[int]]:
     """Return the rows that leave a rank for each, and those it has for each rank and each node."""
-    dispatcher = node_dedup(rank, slots_per_rank)
-    own, sent = dispatcher.channel, torch.zeros(RANKS, dtype=torch.int64)
-    real = own.exchange
+    dispatcher = NodeDeduplicated(channel(rank), slots_per_rank, PlainWire(), NODES)
+    everyone, inside = range(RANKS), np.flatnonzero(NODES[rank] == NODES).tolist()
+    sent = [0] * RANKS
 
-    def counted(rows: Tensor, send: list[int], receive: list[int], **where: Any) -> Arriving:
-        if where["name"] in ("dispatch", "forward"):
-            sent.add_(torch.tensor(send))
-        return real(rows, send, receive, **where)
+    def counting(own: Channel, ranks: Sequence[int]) -> Callable[..., Arriving]:
+        real = own.exchange
+
+        def exchange(rows: Tensor, send: list[int], *others: Any, **where: Any) -> Arriving:
+            if where["name"] in ("dispatch", "forward"):
+                for to, number in zip(ranks, send, strict=True):
+                    sent[to] += number
+            return real(rows, send, *others, **where)
+
+        return exchange
 
     slot_TK = spread(rank, slots_per_rank)
     routed = Routed(
@@ -190,12 +196,15 @@ def rows_sent(rank: int, slots_per_rank: int) -> tuple[list[int], list[int], lis
         held=(True,) * slots_per_rank,
         place=PLACE,
     )
-    with patch.object(own, "exchange", counted):
+    with (
+        patch.object(dispatcher.channel, "exchange", counting(dispatcher.channel, everyone)),
+        patch.object(dispatcher.inside, "exchange", counting(dispatcher.inside, inside)),
+    ):
         through(dispatcher, routed)
     ranks = [set((slots // slots_per_rank).tolist()) for slots in slot_TK]
     nodes = [{int(NODES[each]) for each in token} for token in ranks]
     return (
-        sent.tolist(),
+        sent,
         [sum(each in token for token in ranks) for each in range(RANKS)],
         [sum(node in token for token in nodes) for node in range(3)],
     )
@@ -297,7 +306,7 @@ def route_rows(rank: int, slots: list[int]) -> Routed:
 def tamper_with_counts(rank: int) -> None:
     """On rank 2 the all-gather returns two of its own counts exchanged."""
 
-    def wrong_gather(gathered: Tensor, counts: Tensor, *, async_op: bool) -> object:
+    def wrong_gather(gathered: Tensor, counts: Tensor, *, group: None, async_op: bool) -> object:
         real_gather(gathered, counts)
         gathered[[2 * 4, 2 * 4 + 1]] = gathered[[2 * 4 + 1, 2 * 4]]
         return real_gather(gathered.clone(), counts, async_op=async_op)

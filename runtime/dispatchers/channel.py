@@ -2,8 +2,9 @@
 
 On a GPU they are launched on a stream of their own, each after the point of the computation that
 made its input, and whoever needs the output makes the computation wait on the device; the host
-does not wait. With gloo they are work handles. One process group serves all of them, in the order
-in which the program issues them, which therefore must be the same on all ranks.
+does not wait. With gloo they are work handles. A channel is one process group and one stream:
+collectives run in the order in which the program issues them, which therefore must be the same on
+all its ranks.
 
 Memory without `record_stream`, which lets freed blocks pile up: inputs belong to the computation's
 stream, which would give them to its next kernel, so what is under way holds them until somebody has
@@ -50,20 +51,47 @@ class Channel:
 
     Args:
         rank: this process.
-        world_size: number of ranks, all of the default process group.
+        world_size: number of ranks.
         device: of the computation.
         clock: notes when each transfer ran.
+        group: of these ranks; None is the default one, of all.
     """
 
     def __init__(
-        self, *, rank: int, world_size: int, device: torch.device, clock: PhaseClock
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        clock: PhaseClock,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._clock = clock
+        self.device = device
+        self._clock, self._group = clock, group
         self._stream = _stream(device) if device.type == "cuda" else None
         # torch 2.13 renamed the collective and warns about the old name.
         self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+    def among(self, parts: Sequence[Sequence[int]]) -> "Channel":
+        """Return a channel among the ranks of this one's part; a collective of all ranks.
+
+        It is a queue of its own: what runs there does not wait for what is under way here.
+
+        Args:
+            parts: every rank is in one of them, where ranks are numbered in this order.
+        """
+        lists = [list(part) for part in parts]
+        group, _ = dist.new_subgroups_by_enumeration(lists)  # type: ignore[no-untyped-call]
+        own = next(part for part in parts if self.rank in part)
+        return Channel(
+            rank=own.index(self.rank),
+            world_size=len(own),
+            device=self.device,
+            clock=self._clock,
+            group=group,
+        )
 
     def point(self) -> torch.Event | None:
         """Return this point of the computation, for transfers to begin after."""
@@ -107,7 +135,12 @@ class Channel:
                 name,
                 place,
                 lambda is_async: dist.all_to_all_single(
-                    received, rows, list(receive_rows), list(send_rows), async_op=is_async
+                    received,
+                    rows,
+                    list(receive_rows),
+                    list(send_rows),
+                    group=self._group,
+                    async_op=is_async,
                 ),
             )
         return Arriving(received, rows, wait)
@@ -124,7 +157,9 @@ class Channel:
             wait = self._start(
                 "counts",
                 place,
-                lambda is_async: self._all_gather(gathered, numbers, async_op=is_async),
+                lambda is_async: self._all_gather(
+                    gathered, numbers, group=self._group, async_op=is_async
+                ),
             )
             return self._copy_to_host(everything, wait, numbers)
 

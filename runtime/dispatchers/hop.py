@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from epplan.runtime.clock import Place
@@ -154,7 +155,7 @@ class Hop:
             row, slot = wanted_R2[choice].tolist()
             here_row, here_slot = here_R2[choice].tolist()
             raise ValueError(
-                f"rank {self._channel.rank} received {int(wrong_R.sum())} wrong choices of "
+                f"rank {dist.get_rank()} received {int(wrong_R.sum())} wrong choices of "
                 f"{len(wrong_R)} in layer {self._place.layer}: choice {choice} is of row {row} of "
                 f"its source for slot {slot}, its row and the counts say row {here_row} and slot "
                 f"{here_slot}"

@@ -1,7 +1,7 @@
 """Two hops: one row per token and node over the network, then one to each rank that wants it.
 
 Shapes: T tokens, K experts per token, V rows received at a node's entry, W ranks, P slots per rank,
-S = W x P slots, I nodes, H hidden size.
+S = W x P slots, I nodes, G ranks of this node, H hidden size.
 
 A node is the ranks of a host, which reach each other without the network. A row enters a node at
 one of its ranks (`epplan.planner.forwarding` has the rule, and prices it), which sends it on. Back
@@ -11,10 +11,11 @@ row goes home. Inside its own node a rank is its own entry.
     source --dispatch--> entry --forward--> rank of the expert
     source <--combine--- entry <--gather--- rank of the expert
 
-The hops over the network run under another micro-batch's computation, those inside a node do not:
-an entry's rows are on its computation's stream when it sends them on.
+The hops over the network run under another micro-batch's computation. Those inside a node do not,
+but have a process group of their own, so that they need not wait for its rows on the network.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,19 +37,18 @@ class NodeDeduplicated(Dispatcher):
         slots_per_rank: experts a rank may hold.
         wire: how rows are written on the way to the experts; they are forwarded as written.
         node_W: number of every rank's node, from 0, [W].
+
+    Building it is a collective.
     """
 
     def __init__(self, channel: Channel, slots_per_rank: int, wire: Wire, node_W: Ints) -> None:
         super().__init__(channel, slots_per_rank)
         self.wire = wire
         self.nodes = _Nodes(node_W, channel.rank)
-        self._entry_W: Tensor | None = None
-
-    def entry_on(self, device: torch.device) -> Tensor:
-        """Return where this rank's rows for each rank enter, [W]; copied there once."""
-        if self._entry_W is None:
-            self._entry_W = self.nodes.entry_W.to(device)
-        return self._entry_W
+        numbers = range(int(node_W.max()) + 1)
+        self.inside = channel.among([np.flatnonzero(node_W == each).tolist() for each in numbers])
+        self.entry_W = self.nodes.entry_W.to(channel.device)
+        self.number_W = self.nodes.number_W.to(channel.device)
 
     def begin(self, routed: Routed) -> Transfer:
         """Count and sort rows and choices; the counts are under way."""
@@ -68,6 +68,8 @@ class _Nodes:
         nodes = torch.from_numpy(node_W)
         self.entry_W = entry_WI[rank, nodes]  # where this rank's rows for each rank enter
         self.inside = (nodes == nodes[rank]).nonzero().flatten()  # this node's ranks
+        self.number_W = torch.zeros_like(nodes)  # of this node's ranks among themselves
+        self.number_W[self.inside] = torch.arange(len(self.inside))
         self.enters_W = entry_WI[:, nodes[rank]]  # where each rank's rows enter this node
         self.most_nodes, self.most_ranks = entry_WI.shape[1], len(self.inside)
         self._rank = rank
@@ -95,35 +97,29 @@ class _Nodes:
         )
 
     def second_hop(self, counts_WWP: Tensor, rows_WW: Tensor) -> Splits:
-        """Return what entries send on inside this node.
+        """Return what entries send on inside this node, whose ranks are numbered among themselves.
 
         Args:
             counts_WWP: choices by source, rank and slot.
             rows_WW: rows that each source has for each rank.
         """
         rank, slots_per_rank = self._rank, counts_WWP.shape[2]
-        is_inside_W = torch.zeros(len(rows_WW), dtype=torch.bool)
-        is_inside_W[self.inside] = True
-        via_here = self.enters_W == rank
-        receive_rows_W = torch.zeros_like(rows_WW[0]).scatter_add_(
-            0, self.enters_W, rows_WW[:, rank]
-        )
-        arriving_WP = torch.zeros_like(counts_WWP[:, rank]).index_add_(
-            0, self.enters_W, counts_WWP[:, rank]
-        )
+        via_here_W = self.enters_W == rank
+        via_GW = (self.enters_W[None, :] == self.inside[:, None]).long()
         return Splits(
-            send_rows=(rows_WW[via_here].sum(0) * is_inside_W).tolist(),
-            receive_rows=receive_rows_W.tolist(),
-            send_choices=(counts_WWP[via_here].sum((0, 2)) * is_inside_W).tolist(),
-            receive_choices_WC=arriving_WP,
+            send_rows=rows_WW[via_here_W].sum(0)[self.inside].tolist(),
+            receive_rows=(via_GW @ rows_WW[:, rank]).tolist(),
+            send_choices=counts_WWP[via_here_W].sum((0, 2))[self.inside].tolist(),
+            receive_choices_WC=via_GW @ counts_WWP[:, rank],
             slots_C=torch.arange(slots_per_rank) + rank * slots_per_rank,
         )
 
 
 class _TwoHops(Transfer):
     def __init__(self, dispatcher: NodeDeduplicated, routed: Routed) -> None:
-        self._channel = channel = dispatcher.channel
+        self._dispatcher, self._channel = dispatcher, dispatcher.channel
         self._wire, self._place, self._nodes = dispatcher.wire, routed.place, dispatcher.nodes
+        channel = dispatcher.channel
         self._slots_per_rank = dispatcher.slots_per_rank
         self._check, self._dtype = routed.check_rows, routed.x_TH.dtype
         self._num_tokens, self._top_k = routed.slot_TK.shape
@@ -133,7 +129,7 @@ class _TwoHops(Transfer):
         self._over_network = Hop(
             channel,
             choices,
-            dispatcher.entry_on(rank_N.device).index_select(0, rank_N),
+            dispatcher.entry_W.index_select(0, rank_N),
             num_rows=self._num_tokens,
             num_slots=self._num_slots,
             place=routed.place,
@@ -162,9 +158,9 @@ class _TwoHops(Transfer):
         """Send on what enters here; return a row for every choice, in the order of their slots."""
         rows_V, chosen = self._over_network.finish(check=self._check)
         self._inside = Hop(
-            self._channel,
+            self._dispatcher.inside,
             chosen,
-            chosen.slot_N // self._slots_per_rank,
+            self._dispatcher.number_W.index_select(0, chosen.slot_N // self._slots_per_rank),
             num_rows=len(rows_V),
             num_slots=self._num_slots,
             place=self._place,
@@ -192,5 +188,6 @@ class _TwoHops(Transfer):
         """Add up the sums of each token's nodes."""
         out_TH = self._over_network.finish_back(min(self._top_k, self._nodes.most_nodes))
         self._channel.release()
+        self._dispatcher.inside.release()
         del self._arrived, self._inside, self._over_network
         return out_TH
