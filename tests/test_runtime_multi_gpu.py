@@ -80,10 +80,13 @@ def wide(spec: ModelSpec, factor: float) -> ModelSpec:
     return spec.with_overrides(scale=factor)
 
 
-def spread(spec: ModelSpec, *, copies: int = 0) -> Plan:
-    """Return a plan of one host with all experts on all GPUs, and `copies` replicas."""
+def spread(spec: ModelSpec, *, copies: int = 0, num_hosts: int = 1) -> Plan:
+    """Return a plan with all experts on all GPUs, and `copies` replicas.
+
+    More hosts than one are in name only.
+    """
     slots = -(-(spec.num_experts + copies) // GPUS)
-    return make_plan(spec, GPUS, slots_per_rank=slots, num_hosts=1, copies=copies)
+    return make_plan(spec, GPUS, slots_per_rank=slots, num_hosts=num_hosts, copies=copies)
 
 
 def run_cases(rank: int, cases: list[tuple[Plan, Options]]) -> list[tuple[Any, ...]]:
@@ -110,6 +113,9 @@ def test_equals_the_dense_model() -> None:
         (copied, replace(OPTIONS, dispatcher="alltoall", replicas="nearest")),
         (everywhere, replace(OPTIONS, dispatcher="local", replicas="nearest")),
     ]
+    hosts = spread(wide(QWEN, 8.0), num_hosts=2)
+    once_a_host = replace(OPTIONS, dispatcher="alltoall", transfer="node-dedup")
+    cases += [(hosts, once_a_host), (hosts, replace(once_a_host, micro_batches=2))]
     assert on_every_gpu(run_cases, cases)[0] == []
 
 
