@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from epplan.errors import EpplanError
 from epplan.planner.copies.replicas import (
-    ReplicatedTask,
     bound_with_replicas,
     place_replicated,
     start_with_replicas,
 )
+from epplan.planner.copies.task import ReplicatedTask
 from epplan.planner.placement.highs import solve, solver_name
 from epplan.planner.placement.levels import (
     OPTIMAL_GAP,

@@ -1,85 +1,48 @@
 """One layer with replicas: how many copies of which expert, where, and what share each takes.
 
     1 bound    no copies with any shares can be faster: a linear program over cells
-    2 round    its solution has few experts in several cells: the copies that carry most are made
+    2 round    its solution to copies, placed and shared (`rounding`)
     3 count    or the next copy goes to the expert with most rows a copy, in equal shares
-    4 place    copies as items by topology levels, never two of an expert on a GPU
+    4 place    these as items by topology levels, never two of an expert on a GPU
     5 share    the best shares of these copies: a linear program
 
-The layout of `rebalance` comes first, with 5; then 2, 4, 5; then 3, 4, 5, again with its shares
-while it helps. Equal shares, where an engine knows nothing else, are 3 and 4; the bound holds for
-them too.
+The layout of `rebalance` comes first, with 5; then 2 with different slacks; then 3, 4, 5, again
+with its shares while it helps. Equal shares, where an engine knows nothing else, are 3 and 4; the
+bound holds for them too.
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from epplan.planner.cost import Floats, Shares
+from epplan.planner.cost import Floats
 from epplan.planner.placement.levels import (
     Effort,
     LayerPlacement,
-    Limits,
     Report,
-    fill_cells,
     place_layer,
 )
 from epplan.planner.placement.rows import Ints, LayerRows
-from epplan.planner.placement.search import Limit, NoRoomError, descend, spread
+from epplan.planner.placement.search import NoRoomError, spread
 from epplan.planner.placement.terms import cell_terms
-from epplan.planner.problem import Replication
 from epplan.planner.rebalance import rebalance
 
 from .balance_bound import least_maximum
 from .counts import count_copies, near_counts
-from .shares import LEAST_SHARE, Relaxation, Relaxed, best_shares
+from .rounding import rounded
+from .shares import LEAST_SHARE, Relaxation, Relaxed
+from .task import ReplicatedTask
 
 _ROUNDS = 4  # of placing and sharing
-_SLACKS = (0.003, 0.006, 0.01)  # given up over cells, to have copies left inside of them
-_PULLS = 2
-_KICKS = (4, 16)  # inside cells: a quick round first
-_TRIES_BEFORE_SLOTS = 2  # candidates; most layers are done by then
+_SLACKS = (0.003, 0.006, 0.01, 0.002, 0.0045)  # each with copies of its own
+_FAR = 0.02  # a gap that no other rounding closes: then the bound by slots comes
+_FEW_TRIES, _TRIES = 4, 10  # candidates before that bound: one slack's, or those of three
 _SLOTS_SHARE = 0.3  # of the time left, for the bound by slots
 _SLOTS_PRECISION = 2e-3
-_FULL = 0.9  # of an average GPU's rows: what one copy should not exceed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicatedTask:
-    """One layer to be solved with replicas.
-
-    Attributes:
-        rows: of one copy of each expert.
-        load: rows of every expert, mean over windows, [experts].
-        cell_of_gpu: `RowBuilder.cells`.
-        host_of_gpu: numbers, [gpus].
-        capacity: most copies on every GPU, [gpus].
-        rule: what is allowed.
-    """
-
-    rows: LayerRows
-    load: Floats
-    cell_of_gpu: Ints
-    host_of_gpu: Ints
-    capacity: npt.NDArray[np.int64]
-    rule: Replication
-
-    @property
-    def room(self) -> npt.NDArray[np.int64]:
-        """Most copies in every cell, [cells]."""
-        return np.bincount(self.cell_of_gpu, weights=self.capacity).astype(np.int64)
-
-    @property
-    def host_of_cell(self) -> Ints:
-        """Number of every cell's host, [cells]."""
-        host = np.zeros(len(self.room), dtype=np.intp)
-        host[self.cell_of_gpu] = self.host_of_gpu
-        return host
 
 
 def start_with_replicas(task: ReplicatedTask) -> LayerPlacement:
@@ -90,11 +53,11 @@ def start_with_replicas(task: ReplicatedTask) -> LayerPlacement:
     """
     expert, share = _items(task, task.rule.extra)
     try:
-        placement = spread(len(expert), task.capacity, _limits(task, expert).on_gpus)
+        placement = spread(len(expert), task.capacity, task.limits(expert).on_gpus)
     except NoRoomError:  # for so many copies of the hottest experts
         expert, placement = np.nonzero(_in_a_circle(task))
         share = 1.0 / np.bincount(expert)[expert]
-    dealt = _from_items(task, expert, share, placement, "dealt out")
+    dealt = task.priced(expert, share, placement, "dealt out")
     return min([dealt, *_rebalanced(task)], key=lambda found: found.seconds)
 
 
@@ -137,17 +100,17 @@ def place_replicated(
     best = replace(start, bound_s=min(start.seconds, _proven(task, floors, relaxed)))
     if report is not None:
         report(best)
-    for tried, found in enumerate(_candidates(task, relaxed, effort)):
-        if tried == _TRIES_BEFORE_SLOTS:
-            slots_s = min(best.seconds, max(best.bound_s, _bound_by_slots(task, best, effort)))
-            best = replace(best, bound_s=slots_s)
+    by_slots = False
+    for tried, found in enumerate(_candidates(task, relaxed, best.bound_s, effort)):
+        if not by_slots and tried >= (_TRIES if best.is_done(_FAR) else _FEW_TRIES):
+            best, by_slots = best.proven(_bound_by_slots(task, best, effort)), True
         if found.seconds < best.seconds * (1 - 1e-9):
             best = replace(found, bound_s=min(found.seconds, best.bound_s))
             if report is not None:
                 report(best)
         if best.is_done(effort.gap) or not effort.left_s:
-            break
-    return best
+            return best
+    return best if by_slots else best.proven(_bound_by_slots(task, best, effort))
 
 
 def bound_with_replicas(task: ReplicatedTask, effort: Effort) -> float:
@@ -197,14 +160,15 @@ def _proven(task: ReplicatedTask, floors: list[float], relaxed: Relaxed | None) 
 
 
 def _candidates(
-    task: ReplicatedTask, relaxed: Relaxed | None, effort: Effort
+    task: ReplicatedTask, relaxed: Relaxed | None, bound_s: float, effort: Effort
 ) -> Iterator[LayerPlacement]:
     for found in [] if task.rule.equal_shares else _rebalanced(task):
-        yield _shared(task, found, effort)
+        yield task.shared(found, effort.left_s)
     if not task.rule.equal_shares and relaxed is not None:
-        for kicks, slack in product(_KICKS, _SLACKS):
+        enough_s = bound_s / (1 - effort.gap) if effort.gap < 1 else np.inf
+        for slack in _SLACKS:
             with suppress(NoRoomError):
-                yield from _rounded(task, relaxed, slack, kicks, effort)
+                yield from rounded(task, relaxed, slack, enough_s, effort)
     with suppress(NoRoomError):  # for copies counted by rows
         yield from _by_levels(task, task.rule.extra, effort)
     if not task.rule.survive_hosts:
@@ -236,82 +200,6 @@ def _other_counts(task: ReplicatedTask, effort: Effort) -> Iterator[LayerPlaceme
             return
 
 
-def _rounded(
-    task: ReplicatedTask, relaxed: Relaxed, slack: float, kicks: int, effort: Effort
-) -> Iterator[LayerPlacement]:
-    """Yield the relaxation's solution with as many copies as allowed."""
-    expert, cells, share = copies_of_relaxation(_concentrated(task, relaxed, slack, effort), task)
-    limits = _limits(task, expert)
-    rows = task.rows.copies(expert, share)
-    for found_by in ("relaxation rounded", "relaxation rounded + swaps over hosts"):
-        placement = fill_cells(
-            rows, task.cell_of_gpu, task.capacity, limits, cells, effort.deadline, kicks
-        )
-        yield _shared(task, _from_items(task, expert, share, placement, found_by), effort)
-        cells = descend(
-            cell_terms(rows, task.cell_of_gpu), cells, task.room, limits.on_cells, effort.deadline
-        )
-
-
-def _concentrated(task: ReplicatedTask, relaxed: Relaxed, slack: float, effort: Effort) -> Shares:
-    """Return the relaxation's shares with most experts in one cell, phases `slack` longer."""
-    terms = cell_terms(task.rows, task.cell_of_gpu)
-    single = len(task.load) / (len(task.load) + task.rule.extra)
-    room = np.ceil(task.room * single).astype(np.int64)  # the rest is for further copies
-    program = Relaxation(terms, [0.0] * len(terms.phases), room)
-    shares = relaxed.shares
-    # An expert with more rows than an average GPU needs several copies anyway: as many cells.
-    free = np.ceil(task.load / (_FULL * task.load.sum() / len(task.capacity)))[:, None]
-    for _ in range(_PULLS):
-        rank_of_cell = np.argsort(np.argsort(-shares, axis=1, kind="stable"), axis=1)
-        pull = np.where(rank_of_cell < free, 0.0, task.load[:, None])
-        pulled = program.concentrate(relaxed, pull / task.load.mean(), slack, effort.left_s)
-        if pulled is None:
-            break
-        shares = pulled.shares
-    return shares
-
-
-def copies_of_relaxation(shares: Shares, task: ReplicatedTask) -> tuple[Ints, Ints, Floats]:
-    """Return expert, cell and share of every copy that keeps most of `shares` [experts, cells].
-
-    Every expert sits where most of it is. Copies are added one by one: first where one would carry
-    more than an average GPU, then in the further cells that have a share, the largest first, then
-    where copies carry most.
-    """
-    amount = shares * task.load[:, None]
-    fair = task.load.sum() / task.capacity.sum() * task.capacity.max()  # rows of an average GPU
-    gpus, most = np.bincount(task.cell_of_gpu), amount.max()
-    left, host = task.room.copy(), task.host_of_cell
-    copies = np.zeros(shares.shape, dtype=np.int64)
-    for expert in np.argsort(-task.load, kind="stable"):
-        for _ in range(task.rule.least_copies):
-            elsewhere = ~np.isin(host, host[copies[expert] > 0])
-            wish = np.where((left > 0) & elsewhere, shares[expert] + 1e-9, 0.0)
-            cell = int(wish.argmax())
-            if not wish[cell]:
-                raise NoRoomError
-            copies[expert, cell] += 1
-            left[cell] -= 1
-    for _ in range(task.rule.extra - (task.rule.least_copies - 1) * len(shares)):
-        inside = np.where(copies > 0, amount / np.maximum(copies, 1), 0.0)
-        carries = np.select(
-            [inside > _FULL * fair, copies == 0], [amount + 2 * most, amount + most], inside
-        )
-        carries[(copies >= gpus) | (left == 0) | (amount == 0)] = 0.0
-        best = int(carries.argmax())
-        if not carries.flat[best]:
-            break
-        copies.flat[best] += 1
-        left[best % len(left)] -= 1
-    kept = np.where(copies > 0, np.maximum(shares, LEAST_SHARE), 0.0)
-    kept /= kept.sum(axis=1, keepdims=True)
-    experts, cells = np.nonzero(copies)
-    times = copies[experts, cells]
-    part = kept[experts, cells] / times
-    return np.repeat(experts, times), np.repeat(cells, times), np.repeat(part, times)
-
-
 def _rebalanced(task: ReplicatedTask) -> Iterator[LayerPlacement]:
     """Yield the layout of the fast path, which sees neither links nor hosts."""
     num_gpus, num_slots = len(task.capacity), len(task.load) + task.rule.extra
@@ -324,19 +212,19 @@ def _rebalanced(task: ReplicatedTask) -> Iterator[LayerPlacement]:
     expert, share = done.expert_of_slot[0], np.maximum(done.share_of_slot[0], LEAST_SHARE)
     share = share / np.bincount(expert, share)[expert]
     placement = np.arange(num_slots) * num_gpus // num_slots
-    yield _from_items(task, expert, share, placement, "rebalance")
+    yield task.priced(expert, share, placement, "rebalance")
 
 
 def _placed(task: ReplicatedTask, copies: Ints, effort: Effort) -> LayerPlacement:
     """Return equal shares of given counts [experts], placed by levels."""
     expert = np.repeat(np.arange(len(copies)), copies)
     share = 1.0 / copies[expert]
-    limits = _limits(task, expert)
+    limits = task.limits(expert)
     rows = task.rows.copies(expert, share)
     placement = spread(len(expert), task.capacity, limits.on_gpus)
     start = _start(rows, placement)
     placed = place_layer((rows, task.cell_of_gpu, task.capacity, start, limits), effort)
-    return _from_items(task, expert, share, placed.placement, placed.found_by)
+    return task.priced(expert, share, placed.placement, placed.found_by)
 
 
 def _start(rows: LayerRows, placement: Ints) -> LayerPlacement:
@@ -352,29 +240,21 @@ def _start(rows: LayerRows, placement: Ints) -> LayerPlacement:
 def _by_levels(task: ReplicatedTask, extra: int, effort: Effort) -> Iterator[LayerPlacement]:
     """Yield placements of copies counted by rows, each starting from the one before."""
     expert, share = _items(task, extra)
-    limits = _limits(task, expert)
+    limits = task.limits(expert)
     placement = spread(len(expert), task.capacity, limits.on_gpus)
     for _ in range(_ROUNDS):
         rows = task.rows.copies(expert, share)
         start = _start(rows, placement)
         placed = place_layer((rows, task.cell_of_gpu, task.capacity, start, limits), effort)
         placement = placed.placement
-        found = _from_items(task, expert, share, placement, placed.found_by)
+        found = task.priced(expert, share, placement, placed.found_by)
         yield found
         if task.rule.equal_shares or not extra:
             return
-        found = _shared(task, found, effort)
+        found = task.shared(found, effort.left_s)
         yield found
         assert found.share is not None
         share = found.share
-
-
-def _shared(task: ReplicatedTask, found: LayerPlacement, effort: Effort) -> LayerPlacement:
-    """Return the placement with the best shares."""
-    assert found.expert is not None
-    shares = best_shares(task.rows, found.shares(len(task.capacity)), effort.left_s)
-    share = shares[found.expert, found.placement]
-    return _from_items(task, found.expert, share, found.placement, found.found_by)
 
 
 def _items(task: ReplicatedTask, extra: int) -> tuple[Ints, Floats]:
@@ -387,44 +267,3 @@ def _items(task: ReplicatedTask, extra: int) -> tuple[Ints, Floats]:
 def _count(task: ReplicatedTask, extra: int) -> Ints:
     least, most = task.rule.least_copies, int((task.capacity > 0).sum())
     return count_copies(task.load, extra, least, most)
-
-
-def _limits(task: ReplicatedTask, expert: Ints) -> Limits:
-    """Return what keeps copies apart: one of an expert on a GPU, and not all on one host."""
-    num_experts, num_gpus = len(task.load), len(task.capacity)
-    in_cell = Limit(
-        group=expert,
-        domain=np.arange(len(task.room)),
-        most=np.tile(np.bincount(task.cell_of_gpu), (num_experts, 1)),
-    )
-    on_gpu = Limit(
-        group=expert,
-        domain=np.arange(num_gpus),
-        most=np.ones((num_experts, num_gpus), dtype=np.int64),
-    )
-    hosts = [replace(limit, domain=task.host_of_cell) for limit in _over_hosts(task, expert)]
-    return Limits(on_gpus=(on_gpu, *_over_hosts(task, expert)), on_cells=(in_cell, *hosts))
-
-
-def _over_hosts(task: ReplicatedTask, expert: Ints) -> list[Limit]:
-    if not task.rule.survive_hosts:
-        return []
-    copies = np.bincount(expert)
-    most = np.tile((copies - task.rule.survive_hosts)[:, None], (1, task.host_of_gpu.max() + 1))
-    return [Limit(group=expert, domain=task.host_of_gpu, most=most)]
-
-
-def _from_items(
-    task: ReplicatedTask, expert: Ints, share: Floats, placement: Ints, found_by: str
-) -> LayerPlacement:
-    placed = LayerPlacement(
-        placement=placement,
-        seconds=0.0,
-        bound_s=0.0,
-        found_by=found_by,
-        floor_s=0.0,
-        expert=expert,
-        share=share,
-    )
-    seconds = task.rows.seconds_of_shares(placed.shares(len(task.capacity)))
-    return replace(placed, seconds=seconds)

@@ -11,17 +11,17 @@ resources     t[p] >= sum over e, c of row[e,c] y[e,c]   for every row of p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 import pulp
+from scipy.sparse import csr_array, eye_array, kron, vstack
 
 from epplan.planner.cost import Floats, Shares
-from epplan.planner.placement.highs import solve_linear
-from epplan.planner.placement.program import MICROSECONDS, add_objective
+from epplan.planner.placement.highs import Block, solve_linear, solve_with_block
+from epplan.planner.placement.program import MICROSECONDS, add_objective, sparse_row
 from epplan.planner.placement.rows import Ints, LayerRows, PhaseRows
-from epplan.planner.placement.terms import LayerTerms
+from epplan.planner.placement.terms import LayerTerms, PhaseTerms
 
 _CONCENTRATE_S = 10.0  # a linear program of the size of one that was just solved
 LEAST_SHARE = 1e-3  # of an expert's rows on each of its copies: a copy that gets none is no copy
@@ -56,9 +56,10 @@ class Relaxation:
 
     def solve(self, time_limit_s: float) -> Relaxed | None:
         """Return the optimum; None if the time is over."""
-        lp, y, times = self._build([None] * len(self._floors))
+        lp, times = self._durations([None] * len(self._floors))
         lp.setObjective(pulp.LpAffineExpression(add_objective(lp, 0, self._terms, times)))
-        return self._solve(lp, y, times, time_limit_s)
+        nothing = np.zeros((self._terms.num_experts, len(self._room)))
+        return self._solve(lp, times, nothing, time_limit_s)
 
     def concentrate(
         self, relaxed: Relaxed, pull: Floats, slack: float, time_limit_s: float
@@ -67,64 +68,74 @@ class Relaxation:
 
         Slack leaves few rows at their limit, and as many experts are in several cells at most.
         """
-        limits = [seconds * (1 + slack) for seconds in relaxed.durations]
-        lp, y, times = self._build(limits)
-        weights = [(share, float(pull[place])) for place, share in y.items()]
-        lp.setObjective(pulp.LpAffineExpression(weights))
-        return self._solve(lp, y, times, min(_CONCENTRATE_S, time_limit_s))
+        lp, times = self._durations([seconds * (1 + slack) for seconds in relaxed.durations])
+        lp.setObjective(pulp.LpAffineExpression([(time, 0.0) for time in times]))
+        return self._solve(lp, times, pull, min(_CONCENTRATE_S, time_limit_s))
 
-    def _build(
+    def _durations(
         self, limits: Sequence[float | None]
-    ) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable], list[pulp.LpVariable]]:
-        """Return the program without an objective, its shares and the durations of the phases."""
+    ) -> tuple[pulp.LpProblem, list[pulp.LpVariable]]:
+        """Return a program with the durations of the phases, and no objective."""
         lp = pulp.LpProblem("shares", pulp.LpMinimize)
-        experts, cells = range(self._terms.num_experts), range(len(self._room))
-        y = {(e, c): lp.add_variable(f"y_{e}_{c}", lowBound=0) for e, c in product(experts, cells)}
-        for expert in experts:
-            lp += pulp.LpAffineExpression([(y[expert, cell], 1.0) for cell in cells]) == 1
-        for cell, most in enumerate(self._room.tolist()):
-            lp += pulp.LpAffineExpression([(y[expert, cell], 1.0) for expert in experts]) <= most
         times = []
-        for number, (phase, floor) in enumerate(zip(self._terms.phases, self._floors, strict=True)):
-            limit = limits[number]
+        for number, (floor, limit) in enumerate(zip(self._floors, limits, strict=True)):
             most_s = None if limit is None else limit * MICROSECONDS
-            time = lp.add_variable(f"t_{number}", lowBound=floor * MICROSECONDS, upBound=most_s)
-            # A latency has no rows: a share of a path is a lower bound on using it.
-            for row in phase.rows if len(phase.rows) else _one_row_an_expert(phase.alone):
-                # Not `sparse_row`: its optima round worse (zipf on 64 GPUs: 3 % instead of 1 %).
-                load = [
-                    (y[expert, cell], float(row[expert, cell] * MICROSECONDS))
-                    for expert, cell in np.argwhere(row > 0).tolist()
-                ]
-                lp += pulp.LpAffineExpression([*load, (time, -1.0)]) <= 0
-            times.append(time)
-        return lp, y, times
+            low_s = floor * MICROSECONDS
+            times.append(lp.add_variable(f"t_{number}", lowBound=low_s, upBound=most_s))
+        return lp, times
 
     def _solve(
         self,
         lp: pulp.LpProblem,
-        y: dict[tuple[int, int], pulp.LpVariable],
         times: list[pulp.LpVariable],
+        cost: Floats,
         time_limit_s: float,
     ) -> Relaxed | None:
-        least, values = solve_linear(lp, time_limit_s=time_limit_s)
+        """Return the minimum, with `cost` of shares [experts, cells]."""
+        block = self._block(times, cost)
+        least, values, shares = solve_with_block(lp, block, time_limit_s=time_limit_s)
         if not values:
             return None
-        shares = np.zeros((self._terms.num_experts, len(self._room)))
-        for place, variable in y.items():
-            shares[place] = max(0.0, values[variable.name])
         return Relaxed(
             bound_s=least / MICROSECONDS,
-            shares=shares,
+            shares=np.maximum(shares.reshape(cost.shape), 0.0),
             durations=[values[time.name] / MICROSECONDS for time in times],
         )
 
+    def _block(self, times: list[pulp.LpVariable], cost: Floats) -> Block:
+        """Return the shares, and the rows that hold them: of experts, of cells, of phases."""
+        experts, cells = cost.shape
+        once = kron(eye_array(experts), np.ones((1, cells)))
+        inside = kron(np.ones((1, experts)), eye_array(cells))
+        loads = [_loads(phase) for phase in self._terms.phases]
+        rest = [-constant for constant, _ in loads]
+        upper = np.concatenate([np.ones(experts), self._room, *rest])
+        lower = np.where(np.arange(len(upper)) < experts, 1.0, -np.inf)
+        sizes = [experts + cells, *(len(constant) for constant in rest)]
+        phase_of_row = np.repeat(np.arange(len(sizes)) - 1, sizes)
+        return Block(
+            cost=cost.ravel(),
+            matrix=vstack([once, inside, *(matrix for _, matrix in loads)], format="csr"),
+            program=[(time, -1.0 * (phase_of_row == number)) for number, time in enumerate(times)],
+            lower=lower,
+            upper=upper,
+        )
 
-def _one_row_an_expert(alone: Floats) -> Floats:
-    """Return rows [experts, experts, cells] that hold one expert each."""
-    rows = np.zeros((len(alone), *alone.shape))
-    rows[np.arange(len(alone)), np.arange(len(alone))] = alone
-    return rows
+
+def _loads(phase: PhaseTerms) -> tuple[Floats, csr_array]:
+    """Return what loads a phase's rows, in us: a constant [rows], and shares [rows, e x cells]."""
+    experts, cells = phase.alone.shape
+    if not len(phase.rows):  # a latency: a share of a path is a lower bound on using it
+        alone = kron(eye_array(experts), np.ones((1, cells))) * phase.alone.ravel() * MICROSECONDS
+        return np.zeros(experts), csr_array(alone)
+    constants, matrices = [], []
+    for row in phase.rows:
+        constant, entries = sparse_row(row)
+        expert, cell, more = np.array(entries).reshape(-1, 3).T
+        place = (expert * cells + cell).astype(np.intp)
+        constants.append(constant)
+        matrices.append(csr_array((more, (np.zeros_like(place), place)), (1, experts * cells)))
+    return np.array(constants), vstack(matrices, format="csr")
 
 
 def best_shares(rows: LayerRows, shares: Shares, time_limit_s: float) -> Shares:

@@ -7,14 +7,17 @@ itself.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import inf
 
 import highspy
+import numpy as np
+import numpy.typing as npt
 import pulp
+from scipy.sparse import csr_array, hstack
 
 from epplan.errors import EpplanError
 
@@ -34,6 +37,7 @@ _STATUS = {
     "kInfeasible": "infeasible",
 }
 
+Floats = npt.NDArray[np.float64]
 
 _LOOK_S = 0.1  # how often a running solver is left to see Ctrl-C
 _TOLERANCE = 1e-7  # HiGHS's primal and dual feasibility
@@ -52,6 +56,27 @@ class SolverResult:
     status: str
     bound: float
     values: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Many variables, none negative, and rows of a linear program, as arrays.
+
+    By name and one by one they take PuLP longer than HiGHS takes to solve them.
+
+    Attributes:
+        cost: of the block's variables, [variables].
+        matrix: what these add to its rows, [rows, variables].
+        program: what variables of the PuLP program beside it add to them, each [rows].
+        lower: of the rows, [rows].
+        upper: of the rows, [rows].
+    """
+
+    cost: Floats
+    matrix: csr_array
+    program: Sequence[tuple[pulp.LpVariable, Floats]]
+    lower: Floats
+    upper: Floats
 
 
 def solver_name() -> str:
@@ -105,15 +130,31 @@ def solve_linear(program: pulp.LpProblem, *, time_limit_s: float) -> tuple[float
         KeyboardInterrupt: Ctrl-C.
         EpplanError: HiGHS ended in an unexpected state.
     """
-    highs = _solved(program, timeLimit=time_limit_s)
+    least, values, _ = _linear(program, None, time_limit_s)
+    return least, values
+
+
+def solve_with_block(
+    program: pulp.LpProblem, block: Block, *, time_limit_s: float
+) -> tuple[float, dict[str, float], Floats]:
+    """Return the same for a program with a block beside it, and the block's variables."""
+    return _linear(program, block, time_limit_s)
+
+
+def _linear(
+    program: pulp.LpProblem, block: Block | None, time_limit_s: float
+) -> tuple[float, dict[str, float], Floats]:
+    highs = _solved(program, block, timeLimit=time_limit_s)
     status = highs.getModelStatus().name
     if status in ("kTimeLimit", "kInfeasible"):
-        return 0.0, {}
+        return 0.0, {}, np.zeros(0)
     if status != "kOptimal":
         raise EpplanError(f"HiGHS ended a linear program with {status}")
+    found = highs.getSolution().col_value
     names = [variable.name for variable in program.variables()]
-    values = dict(zip(names, highs.getSolution().col_value, strict=True))
-    return highs.getInfo().objective_function_value * (1 - _TOLERANCE), values
+    values = dict(zip(names, found[: len(names)], strict=True))
+    minimum = highs.getInfo().objective_function_value * (1 - _TOLERANCE)
+    return minimum, values, np.array(found[len(names) :])
 
 
 def least(program: pulp.LpProblem, *, time_limit_s: float) -> float:
@@ -122,23 +163,39 @@ def least(program: pulp.LpProblem, *, time_limit_s: float) -> float:
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
-    highs = _solved(program, gapRel=0.0, timeLimit=time_limit_s)
+    highs = _solved(program, None, gapRel=0.0, timeLimit=time_limit_s)
     if highs.getModelStatus().name == "kInfeasible":
         return inf
     return float(highs.getInfo().mip_dual_bound)
 
 
-def _solved(program: pulp.LpProblem, **options: float) -> highspy.Highs:
+def _solved(program: pulp.LpProblem, block: Block | None, **options: float) -> highspy.Highs:
     """Return HiGHS after it has run without a start."""
     solver = pulp.HiGHS(msg=False, **options)
     with _silent_stdout():
         solver.createAndConfigureSolver(program)
         solver.buildSolverModel(program)
         highs: highspy.Highs = program.solverModel
+        if block is not None:
+            _add_block(highs, program, block)
         interrupted = _run(highs)
     if interrupted:
         raise KeyboardInterrupt
     return highs
+
+
+def _add_block(highs: highspy.Highs, program: pulp.LpProblem, block: Block) -> None:
+    """Add a block to a program that HiGHS has."""
+    number = {variable.name: index for index, variable in enumerate(program.variables())}
+    first, more = len(number), len(block.cost)
+    highs.addVars(more, np.zeros(more), np.full(more, highspy.kHighsInf))
+    highs.changeColsCost(more, np.arange(first, first + more, dtype=np.int32), block.cost)
+    beside = np.zeros((len(block.lower), first))
+    for variable, amounts in block.program:
+        beside[:, number[variable.name]] = amounts
+    rows = hstack([csr_array(beside), block.matrix], format="csr")
+    starts, columns = rows.indptr.astype(np.int32), rows.indices.astype(np.int32)
+    highs.addRows(len(block.lower), block.lower, block.upper, rows.nnz, starts, columns, rows.data)
 
 
 def _run(highs: highspy.Highs) -> bool:

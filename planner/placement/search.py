@@ -255,7 +255,8 @@ def _best_step(
     swapped[expert] = np.inf
     moved[np.bincount(placement, minlength=len(capacity)) >= capacity] = np.inf
     for limit in limits:
-        _forbid(limit, placement, expert, moved, swapped)
+        full = limit.count(placement) >= limit.most
+        forbid(limit, full, placement, expert, moved, swapped)
     candidate = placement.copy()
     if swapped.min() <= moved.min():
         other = int(swapped.argmin())
@@ -265,10 +266,19 @@ def _best_step(
     return float(moved.min()), candidate
 
 
-def _forbid(limit: Limit, placement: Placement, item: int, moved: Floats, swapped: Floats) -> None:
-    """Set to infinity what would break the limit: moves [cells] and swaps [items] of one item."""
-    count, group, domain = limit.count(placement), limit.group, limit.domain
-    full = count >= limit.most
+def forbid(
+    limit: Limit,
+    full: npt.NDArray[np.bool_],
+    placement: Placement,
+    item: int,
+    moved: Floats,
+    swapped: Floats,
+) -> None:
+    """Set to infinity what would break the limit: moves [cells] and swaps [items] of one item.
+
+    `full` tells where the limit is reached, [groups, domains].
+    """
+    group, domain = limit.group, limit.domain
     here, there = domain[placement[item]], domain[placement]
     moved[full[group[item], domain] & (domain != here)] = np.inf
     breaks = full[group[item], there] | full[group, here]

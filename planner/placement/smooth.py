@@ -1,0 +1,270 @@
+"""Swaps and moves over all GPUs at once, on a smooth form of the objective.
+
+A phase lasts as long as its worst row. In a good placement many rows are nearly the worst, and a
+swap that shortens one of them gains nothing: descent on the maximum stops early. Here a phase of
+rows r lasts
+
+    log(sum over r of exp(b load[r])) / b          b = sharpness / load of the worst row
+
+which counts all of them, and comes near the maximum as the sharpness grows from stage to stage
+(log-sum-exp; Nesterov, "Smooth minimization of non-smooth functions", 2005). A swap changes the
+rows of two GPUs, so what all swaps of an item would do is priced in one go.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+
+from epplan.planner.cost import Placement
+from epplan.planner.objective import layer_seconds
+
+from .rows import Floats, Ints, LayerRows, PhaseRows
+from .search import Limit, forbid, largest_without
+
+_SHARPNESS = (100.0, 300.0, 1000.0)  # worst rows within about 1 / sharpness count alike
+_PASSES = 20  # over all items at one sharpness: a guard, most stages need under ten
+_GAIN = 1 - 1e-7  # what a step must reach at least
+_WEIGHTY = 0.5  # of the worst row: kinds of rows below do not come near it
+_STEEP = 300.0  # exponent from which a row is too long in any case
+_NOTHING = 1e-9  # of the worst row's term: below is rounding
+
+
+def descend_smoothly(
+    rows: LayerRows,
+    start: Placement,
+    capacity: npt.NDArray[np.int64],
+    limits: Sequence[Limit] = (),
+    *,
+    enough_s: float = 0.0,
+    deadline: float = inf,
+) -> Placement:
+    """Return the best placement on the way of swaps and moves, by the exact objective.
+
+    Args:
+        rows: of the items.
+        start: GPU of every item, [items].
+        capacity: most items on every GPU, [gpus].
+        limits: on items that belong together.
+        enough_s: a cost from which nothing better is looked for.
+        deadline: time.monotonic() at which to stop.
+    """
+    best, least = start, rows.seconds(start)
+    last = start
+    for sharpness in _SHARPNESS:
+        for placement in _passes(rows, last, capacity, limits, sharpness, deadline):
+            last = placement
+            if (seconds := rows.seconds(placement)) < least:
+                best, least = placement, seconds
+            if least <= enough_s or time.monotonic() >= deadline:
+                return best
+    return best
+
+
+def _passes(
+    rows: LayerRows,
+    start: Placement,
+    capacity: npt.NDArray[np.int64],
+    limits: Sequence[Limit],
+    sharpness: float,
+    deadline: float,
+) -> Iterator[Placement]:
+    """Yield the placement after every pass over all items, until one changes nothing."""
+    state = _State(rows, start, capacity, limits, sharpness)
+    for _ in range(_PASSES):
+        before = state.placement.copy()
+        for item in range(len(start)):
+            if time.monotonic() >= deadline:
+                break
+            state.improve(item)
+        yield state.placement.copy()
+        if (before == state.placement).all():
+            return
+        state.price()  # afresh: differences add up to rounding
+
+
+class _State:
+    """A placement, what it loads, and the steps that make it better.
+
+    A free slot is an item without rows: a move is a swap with it.
+    """
+
+    def __init__(
+        self,
+        rows: LayerRows,
+        placement: Placement,
+        capacity: npt.NDArray[np.int64],
+        limits: Sequence[Limit],
+        sharpness: float,
+    ) -> None:
+        self.placement = placement.copy()
+        self._rows, self._capacity, self._limits = rows, capacity, limits
+        free = len(capacity) if capacity.sum() > len(placement) else 0
+        self._slots = np.arange(free)  # one a GPU; only some of them are free
+        self._phases = [_phase(phase, placement, free, sharpness) for phase in rows.phases]
+        self.price()
+
+    def price(self) -> None:
+        """Take stock of the placement."""
+        for phase in self._phases:
+            phase.place(self._at)
+        self._full = [limit.count(self.placement) >= limit.most for limit in self._limits]
+        self._least = float(self._total([phase.seconds for phase in self._phases]))
+
+    @property
+    def _at(self) -> Placement:
+        """GPU of every item and slot."""
+        return np.concatenate([self.placement, self._slots])
+
+    def improve(self, item: int) -> None:
+        """Do the best swap or move of an item, if there is a good one."""
+        at, here = self._at, self.placement[item]
+        after = self._total([phase.after(at, item) for phase in self._phases])
+        swapped, moved = np.split(after, [len(self.placement)])
+        swapped[self.placement == here] = np.inf
+        if len(moved):
+            held = np.bincount(self.placement, minlength=len(self._capacity))
+            moved[held >= self._capacity] = np.inf
+        blocked = moved if len(moved) else np.zeros(len(self._capacity))
+        for limit, full in zip(self._limits, self._full, strict=True):
+            forbid(limit, full, self.placement, item, blocked, swapped)
+        other = int(after.argmin())
+        if after[other] < self._least * _GAIN:
+            self.placement[item] = at[other]
+            if other < len(self.placement):
+                self.placement[other] = here
+            self.price()
+
+    def _total(self, durations: Sequence[npt.ArrayLike]) -> Floats:
+        rows = self._rows
+        return layer_seconds(rows.objective, rows.constant_s, rows.phases, durations)
+
+
+@dataclass(kw_only=True)
+class _SmoothPhase:
+    """A phase of rows.
+
+    Attributes:
+        pair: of every GPU, its pairs; the last pair loads nothing, [gpus, K].
+        row: of these, likewise, [gpus, K].
+        extra: seconds of pairs, [pairs + 1, items + slots].
+        base: seconds of rows wherever items sit, [rows + 1].
+        meets: whether two GPUs have a row in common, [gpus, gpus].
+        steepness: b, 1 / s.
+    """
+
+    pair: Ints
+    row: Ints
+    extra: Floats
+    base: Floats
+    meets: npt.NDArray[np.bool_]
+    steepness: float
+
+    def place(self, at: Placement) -> None:
+        """Take stock of the GPUs of items and slots."""
+        self._own = self.extra[self.pair[at].T, np.arange(len(at))]  # [K, items + slots]
+        self._load = self.base.copy()
+        np.add.at(self._load, self.row[at].T, self._own)
+        self._load[-1] = -np.inf
+        self._worst = self._load.max()
+        self._term = np.exp(self.steepness * (self._load - self._worst))
+
+    @property
+    def seconds(self) -> float:
+        """Smooth duration."""
+        return float(self._worst + np.log(self._term.sum()) / self.steepness)
+
+    def after(self, at: Placement, item: int) -> Floats:
+        """Return the duration after `item` has changed places with every other, [items + slots]."""
+        gpu = at[item]
+        here, there = self.row[gpu][:, None], self.row[at].T  # [K, 1], [K, items + slots]
+        more_here = self.extra[self.pair[gpu]] - self._own[:, [item]]
+        more_there = self.extra[:, item][self.pair[at]].T - self._own
+        # A row of both GPUs counts once, with what both ends of the exchange do to it.
+        near = np.flatnonzero(self.meets[gpu, at])
+        both = (here[:, None] == there[None, :, near]) & (here < len(self.base) - 1)[:, None]
+        more_here[:, near] += (both * more_there[:, near]).sum(axis=1)
+        more_there[:, near] *= ~both.any(axis=0)
+        total = self._term.sum() - self._term[here].sum() - self._term[there].sum(axis=0)
+        total += self._terms(here, more_here) + self._terms(there, more_there)
+        duration: Floats = self._worst + np.log(np.maximum(total, _NOTHING)) / self.steepness
+        return duration
+
+    def _terms(self, rows: Ints, more: Floats) -> Floats:
+        """Return the sum of rows' terms [K, others] with `more` load on them."""
+        exponent = self.steepness * (self._load[rows] - self._worst + more)
+        total: Floats = np.exp(np.minimum(exponent, _STEEP)).sum(axis=0)
+        return total
+
+
+@dataclass(kw_only=True)
+class _Latency:
+    """A phase as long as its longest path.
+
+    Attributes:
+        alone: seconds of items on GPUs, zero for slots, [items + slots, gpus].
+    """
+
+    alone: Floats
+
+    def place(self, at: Placement) -> None:
+        """Take stock of the GPUs of items and slots."""
+        self._number = np.arange(len(at))
+        self._own = self.alone[self._number, at]
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return float(self._own.max())
+
+    def after(self, at: Placement, item: int) -> Floats:
+        """Return the duration after `item` has changed places with every other, [items + slots]."""
+        _, others = largest_without(self._own, item)
+        longest: Floats = np.maximum.reduce(
+            [self.alone[item, at], self.alone[self._number, at[item]], others]
+        )
+        return longest
+
+
+def _phase(
+    phase: PhaseRows, placement: Placement, slots: int, sharpness: float
+) -> _SmoothPhase | _Latency:
+    if not len(phase.base):
+        return _Latency(alone=np.pad(phase.alone, ((0, slots), (0, 0))))
+    num_rows, gpus = len(phase.base), phase.alone.shape[1]
+    load = phase.load(placement)
+    pairs = np.flatnonzero(_weighty(phase, load)[phase.pair_row])
+    pairs = pairs[np.argsort(phase.pair_gpu[pairs], kind="stable")]
+    number = np.bincount(phase.pair_gpu[pairs], minlength=gpus)
+    place = np.arange(len(pairs)) - np.repeat(np.cumsum(number) - number, number)
+    pair = np.full((gpus, max(1, number.max())), len(pairs))
+    pair[phase.pair_gpu[pairs], place] = np.arange(len(pairs))
+    row = np.append(phase.pair_row[pairs], num_rows)[pair]
+    there = csr_array(
+        (np.ones(len(pairs)), (phase.pair_gpu[pairs], phase.pair_row[pairs])), (gpus, num_rows)
+    )
+    return _SmoothPhase(
+        pair=pair,
+        row=row,
+        extra=np.pad(phase.extra[pairs], ((0, 1), (0, slots))),
+        base=np.append(phase.base.sum(axis=1), 0.0),
+        meets=(there @ there.T).toarray() > 0,
+        steepness=sharpness / load.max(),
+    )
+
+
+def _weighty(phase: PhaseRows, load: Floats) -> npt.NDArray[np.bool_]:
+    """Return which rows are of a kind that comes near the worst, [rows].
+
+    Of one kind are rows of as many GPUs and the same capacity: the ports of one type, say.
+    """
+    size = np.bincount(phase.pair_row, minlength=len(load))
+    _, kind = np.unique(np.stack([size, phase.capacity]), axis=1, return_inverse=True)
+    heaviest = np.zeros(kind.max() + 1)
+    np.maximum.at(heaviest, kind, load)
+    weighty: npt.NDArray[np.bool_] = heaviest[kind] > _WEIGHTY * load.max()
+    return weighty
