@@ -6,11 +6,9 @@ Ctrl-C and the time limit end the proof, not the plan: what is found by then is 
 true gap.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +30,6 @@ from epplan.planner.placement.levels import (
     in_id_order,
     place_layer,
 )
-from epplan.planner.placement.processes import run_in_processes
 from epplan.planner.placement.program import MICROSECONDS, build_program
 from epplan.planner.placement.row_builder import RowBuilder
 from epplan.planner.placement.search import NoRoomError, contiguous
@@ -49,12 +46,11 @@ from epplan.planner.together.whole_groups import (
 from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
 from .plan import Status
 from .problem import Problem, even_capacity, no_room_for_copies
+from .turns import take_turns
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
 _QUICK_S = 2.0  # time for a layer from which a first pass over all layers is worth it
-_SHARE_OF_TURN = 0.9  # layers end a little after their time, and the last must have a turn too
-_GRACE_S = 3.0  # a solver that has not looked at the clock for so long is ended
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
 AnyTask = (
@@ -198,9 +194,11 @@ class _Work:
         layers = layers if self._begun else list(self.rows)
         self._begun = True
         for _ in range(rounds if layers else 0):
-            tasks = {layer: (self._task(layer),) for layer in layers}
+            tasks = {layer: self._task(layer) for layer in layers}
             budget_s = effort.left_s / len(layers)
-            self._each(_place_within, tasks, effort, self._take_placed)
+            take_turns(
+                _place_within, tasks, effort, self._take_placed, side_by_side=self._side_by_side
+            )
             layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
             if not layers or effort.left_s / len(layers) <= budget_s:
                 return  # nothing left to do, or less time for it than was not enough
@@ -212,28 +210,6 @@ class _Work:
     @property
     def _side_by_side(self) -> bool:
         return len(self.rows) > 1 and self._size > _PROCESSES_SIZE
-
-    def _each(
-        self,
-        function: Callable[..., LayerPlacement],
-        tasks: dict[int, tuple[AnyTask]],
-        effort: Effort,
-        take: Callable[[int, LayerPlacement], None],
-    ) -> None:
-        """Call a function for layers, each with its share of the time, and take the results."""
-        if not self._side_by_side or not effort.left_s:
-            for number, (layer, task) in enumerate(tasks.items()):
-                share_s = effort.left_s / (len(tasks) - number)
-                take(layer, function(*task, effort, share_s, partial(take, layer)))
-            return
-        layers, workers = list(tasks), min(len(tasks), os.cpu_count() or 1)
-        budget_s = _SHARE_OF_TURN * effort.left_s * workers / len(tasks)
-        arguments = [(*tasks[layer], effort, budget_s) for layer in layers]
-        patience_s = budget_s + _GRACE_S
-        for number, better in run_in_processes(function, arguments, workers, patience_s):
-            take(layers[number], better)
-            if time.monotonic() > effort.deadline + _GRACE_S:
-                return  # layers that were not begun keep what they have
 
     def solutions(self) -> Iterator[LayerSolution]:
         """Yield every layer's solution, priced by the evaluator."""
@@ -300,8 +276,8 @@ class _Work:
     def _prove_coupled(self, effort: Effort) -> None:
         """Prove bounds without the shares of memory that placements keep."""
         free = np.full(self.problem.num_ranks, self.problem.experts_per_gpu)
-        tasks = {layer: (self._task(layer, free),) for layer in self.rows}
-        self._each(_prove_within, tasks, effort, self._take_bound)
+        tasks = {layer: self._task(layer, free) for layer in self.rows}
+        take_turns(_prove_within, tasks, effort, self._take_bound, side_by_side=self._side_by_side)
 
     def _take_placed(self, layer: int, better: LayerPlacement) -> None:
         if self.problem.layers_coupled:  # its bound relies on the layer's share of memory

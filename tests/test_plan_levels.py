@@ -132,7 +132,7 @@ def test_processes_return_results_by_number_and_what_is_reported_before() -> Non
 
 def test_a_task_that_does_not_end_is_ended_and_keeps_what_it_reported() -> None:
     began = time.monotonic()
-    results = list(run_in_processes(stuck, [("first",), ("quick",)], 1, limit_s=6))
+    results = list(run_in_processes(stuck, [("first",), ("quick",)], 1, limit_s=lambda number: 6))
     assert results == [(0, "first so far"), (1, "quick so far"), (1, None)]
     assert time.monotonic() - began < 60
 

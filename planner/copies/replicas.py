@@ -100,6 +100,8 @@ def place_replicated(
     best = replace(start, bound_s=min(start.seconds, _proven(task, floors, relaxed)))
     if report is not None:
         report(best)
+    if not effort.left_s:
+        return best
     by_slots = False
     for tried, found in enumerate(_candidates(task, relaxed, best.bound_s, effort)):
         if not by_slots and tried >= (_TRIES if best.is_done(_FAR) else _FEW_TRIES):
@@ -122,6 +124,8 @@ def _relaxed(task: ReplicatedTask, effort: Effort) -> tuple[list[float], Relaxed
     """Return what every phase lasts at least by the number of copies, and the relaxation."""
     num_copies = len(task.load) + task.rule.extra
     floors = [phase.floor_with_copies(num_copies) for phase in task.rows.phases]
+    if not effort.left_s:
+        return floors, None
     terms = cell_terms(task.rows, task.cell_of_gpu)
     return floors, Relaxation(terms, floors, task.room).solve(effort.left_s)
 

@@ -28,7 +28,7 @@ def run_in_processes(
     function: Callable[..., Result],
     tasks: Sequence[tuple[Any, ...]],
     num_processes: int,
-    limit_s: float = inf,
+    limit_s: Callable[[int], float] = lambda number: inf,
 ) -> Iterator[tuple[int, Result]]:
     """Yield the number and result of every task, and results reported on the way, as they come.
 
@@ -37,7 +37,8 @@ def run_in_processes(
             arguments and, last, a function that takes what is to be reported.
         tasks: positional arguments; started in this order.
         num_processes: how many run at once.
-        limit_s: seconds from when on a task is ended; what it reported is all it yields.
+        limit_s: of a task's number, when it begins: seconds from when on it is ended; what it
+            reported is all it yields.
 
     Raises:
         EpplanError: a process died.
@@ -103,12 +104,12 @@ class _Worker:
         tasks: Sequence[tuple[Any, ...]],
         waiting: "SimpleQueue[int | None]",
         ready: "SimpleQueue[tuple[int, str, Any]]",
-        limit_s: float,
+        limit_s: Callable[[int], float],
     ) -> None:
         """Give the process a task after the other."""
         while (number := waiting.get()) is not None and not self._closed:
             late = Event()
-            timer = Timer(min(limit_s, TIMEOUT_MAX), _end, (self._process, late))
+            timer = Timer(min(limit_s(number), TIMEOUT_MAX), _end, (self._process, late))
             timer.daemon = True
             failure = None
             try:
