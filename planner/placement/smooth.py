@@ -26,9 +26,9 @@ from epplan.planner.objective import layer_seconds
 from .rows import Floats, Ints, LayerRows, PhaseRows
 from .search import Limit, forbid, largest_without
 
-_SHARPNESS = (100.0, 300.0, 1000.0)  # worst rows within about 1 / sharpness count alike
+_SHARPNESS = (60.0, 200.0, 600.0, 1800.0)  # worst rows within about 1 / sharpness count alike
 _PASSES = 20  # over all items at one sharpness: a guard, most stages need under ten
-_GAIN = 1 - 1e-7  # what a step must reach at least
+_GAIN = 1 - 3e-6  # what a step must reach at least: smaller ones cost passes and add up to little
 _WEIGHTY = 0.5  # of the worst row: kinds of rows below do not come near it
 _STEEP = 300.0  # exponent from which a row is too long in any case
 _NOTHING = 1e-9  # of the worst row's term: below is rounding
@@ -74,7 +74,7 @@ def _passes(
     deadline: float,
 ) -> Iterator[Placement]:
     """Yield the placement after every pass over all items, until one changes nothing."""
-    state = _State(rows, start, capacity, limits, sharpness)
+    state = Smooth(rows, start, capacity, limits, sharpness)
     for _ in range(_PASSES):
         before = state.placement.copy()
         for item in range(len(start)):
@@ -87,10 +87,14 @@ def _passes(
         state.price()  # afresh: differences add up to rounding
 
 
-class _State:
-    """A placement, what it loads, and the steps that make it better.
+class Smooth:
+    """A placement, its smooth objective, and the steps that make it better.
 
     A free slot is an item without rows: a move is a swap with it.
+
+    Attributes:
+        placement: GPU of every item, [items]; `price` after it was changed.
+        seconds: the smooth objective.
     """
 
     def __init__(
@@ -113,28 +117,37 @@ class _State:
         for phase in self._phases:
             phase.place(self._at)
         self._full = [limit.count(self.placement) >= limit.most for limit in self._limits]
-        self._least = float(self._total([phase.seconds for phase in self._phases]))
+        self.seconds = float(self._total([phase.seconds for phase in self._phases]))
 
     @property
     def _at(self) -> Placement:
         """GPU of every item and slot."""
         return np.concatenate([self.placement, self._slots])
 
-    def improve(self, item: int) -> None:
-        """Do the best swap or move of an item, if there is a good one."""
-        at, here = self._at, self.placement[item]
-        after = self._total([phase.after(at, item) for phase in self._phases])
-        swapped, moved = np.split(after, [len(self.placement)])
+    def after(self, item: int) -> Floats:
+        """Return the smooth objective after an item has gone where another is, or to a free slot.
+
+        [items + slots], with one slot a GPU if any is free; infinity where it may not.
+        """
+        here = self.placement[item]
+        seconds = self._total([phase.after(self._at, item) for phase in self._phases])
+        swapped, moved = np.split(seconds, [len(self.placement)])
         swapped[self.placement == here] = np.inf
         if len(moved):
             held = np.bincount(self.placement, minlength=len(self._capacity))
             moved[held >= self._capacity] = np.inf
-        blocked = moved if len(moved) else np.zeros(len(self._capacity))
+            moved[here] = np.inf
+        gpus = moved if len(moved) else np.zeros(len(self._capacity))
         for limit, full in zip(self._limits, self._full, strict=True):
-            forbid(limit, full, self.placement, item, blocked, swapped)
-        other = int(after.argmin())
-        if after[other] < self._least * _GAIN:
-            self.placement[item] = at[other]
+            forbid(limit, full, self.placement, item, gpus, swapped)
+        return seconds
+
+    def improve(self, item: int) -> None:
+        """Do the best swap or move of an item, if there is a good one."""
+        seconds, here = self.after(item), self.placement[item]
+        other = int(seconds.argmin())
+        if seconds[other] < self.seconds * _GAIN:
+            self.placement[item] = self._at[other]
             if other < len(self.placement):
                 self.placement[other] = here
             self.price()
