@@ -46,7 +46,7 @@ from epplan.planner.together.whole_groups import (
 from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
 from .plan import Status
 from .problem import Problem, even_capacity, no_room_for_copies
-from .turns import take_turns
+from .turns import each_in_turn
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
 _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers are one program
@@ -196,7 +196,7 @@ class _Work:
         for _ in range(rounds if layers else 0):
             tasks = {layer: self._task(layer) for layer in layers}
             budget_s = effort.left_s / len(layers)
-            take_turns(
+            each_in_turn(
                 _place_within, tasks, effort, self._take_placed, side_by_side=self._side_by_side
             )
             layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
@@ -277,7 +277,9 @@ class _Work:
         """Prove bounds without the shares of memory that placements keep."""
         free = np.full(self.problem.num_ranks, self.problem.experts_per_gpu)
         tasks = {layer: self._task(layer, free) for layer in self.rows}
-        take_turns(_prove_within, tasks, effort, self._take_bound, side_by_side=self._side_by_side)
+        each_in_turn(
+            _prove_within, tasks, effort, self._take_bound, side_by_side=self._side_by_side
+        )
 
     def _take_placed(self, layer: int, better: LayerPlacement) -> None:
         if self.problem.layers_coupled:  # its bound relies on the layer's share of memory

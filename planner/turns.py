@@ -19,7 +19,7 @@ Within = Callable[..., LayerPlacement]  # of a task, effort, seconds for it and 
 Take = Callable[[int, LayerPlacement], None]
 
 
-def take_turns(
+def each_in_turn(
     function: Within, tasks: dict[int, Any], effort: Effort, take: Take, *, side_by_side: bool
 ) -> None:
     """Call a function for layers, each in its turn, and take the results.

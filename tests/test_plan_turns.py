@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from epplan.planner.placement.levels import Effort, LayerPlacement, Report
-from epplan.planner.turns import take_turns
+from epplan.planner.turns import each_in_turn
 
 NOTHING = LayerPlacement(
     placement=np.zeros(1, dtype=np.intp), seconds=1.0, bound_s=0.0, found_by="", floor_s=0.0
@@ -26,7 +26,7 @@ def test_spared_time_goes_to_later_layers(side_by_side: bool) -> None:
     got: dict[int, list[float]] = {7: [], 8: [], 9: []}
     took: dict[int, float] = dict.fromkeys(got, 0.0) | {9: 0.0}
     effort = Effort(gap=0.0, deadline=time.monotonic() + 6, seed=0)
-    take_turns(
+    each_in_turn(
         spend,
         took,
         effort,
@@ -46,7 +46,7 @@ def test_layers_that_take_their_time_leave_a_turn_to_each() -> None:
     got = []
     effort = Effort(gap=0.0, deadline=time.monotonic() + 0.6, seed=0)
     tasks = dict.fromkeys(range(3), 1.0)
-    take_turns(spend, tasks, effort, lambda layer, placed: got.append(placed), side_by_side=False)
+    each_in_turn(spend, tasks, effort, lambda layer, placed: got.append(placed), side_by_side=False)
     turns = [placed.seconds for placed in got[1::2]]
     assert len(turns) == 3
     assert min(turns) > 0.1

@@ -24,6 +24,7 @@ from .highs import solve
 from .program import MICROSECONDS, build_program
 from .rows import Ints, LayerRows
 from .search import Limit, NoRoomError, best_start, contiguous, descend_again, greedy
+from .smooth import descend_smoothly
 from .terms import LayerTerms, cell_terms, cells_of_rows, common_seconds, gpu_terms, inner_terms
 
 OPTIMAL_GAP = 1e-6  # HiGHS's own feasibility tolerance: a smaller gap means nothing
@@ -193,6 +194,16 @@ def _search(layer: _Layer, effort: Effort) -> None:
                 terms, _room(layer), effort.seed, 0, layer.limits.on_cells, effort.deadline
             )
             layer.offer(_fill_cells(layer, cells, effort), f"{name} over hosts")
+    if not layer.best.is_done(effort.gap) and effort.left_s:
+        placement = descend_smoothly(
+            layer.rows,
+            layer.best.placement,
+            layer.capacity,
+            layer.limits.on_gpus,
+            enough_s=layer.best.bound_s,
+            deadline=effort.deadline,
+        )
+        layer.offer(placement, "swaps over GPUs")
     if not layer.best.is_done(0.0) and effort.left_s and _is_small(layer):
         with suppress(NoRoomError):
             terms, limits = gpu_terms(layer.rows), layer.limits.on_gpus
