@@ -114,3 +114,9 @@ def test_what_is_enough_ends_the_descent() -> None:
     some = descend_smoothly(rows, start, capacity, [limit], enough_s=enough_s)
     assert rows.seconds(some) <= enough_s
     assert rows.seconds(descend_smoothly(rows, start, capacity, [limit])) <= rows.seconds(some)
+
+
+def test_without_traffic_nothing_is_swapped() -> None:
+    problem = tiny_problem(np.zeros((1, 4, 4)))
+    rows, start = RowBuilder(problem).layer(0), np.arange(4)
+    assert (descend_smoothly(rows, start, np.ones(4, dtype=np.int64)) == start).all()

@@ -266,7 +266,7 @@ def _phase(
         extra=np.pad(phase.extra[pairs], ((0, 1), (0, slots))),
         base=np.append(phase.base.sum(axis=1), 0.0),
         meets=(there @ there.T).toarray() > 0,
-        steepness=sharpness / load.max(),
+        steepness=sharpness / (load.max() or 1.0),  # any will do
     )
 
 
