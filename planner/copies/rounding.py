@@ -89,9 +89,8 @@ def copies_of_relaxation(shares: Shares, task: ReplicatedTask) -> tuple[Ints, In
     """Return expert, cell and share of every copy that keeps most of `shares` [experts, cells].
 
     Heavy experts come first, each with the copies it needs to stay below an average GPU, in
-    proportion to its shares. Copies that are left go one by one to where one carries too much
-    nevertheless, then to cells whose share has no copy, the largest first, then to where copies
-    carry most.
+    proportion to its shares (Webster's apportionment). Copies that are left go one by one to cells
+    whose share has no copy, the largest first, then to where copies carry most.
     """
     amount = shares * task.load[:, None]
     fair = task.load.sum() / task.capacity.sum() * task.capacity.max()  # rows of an average GPU

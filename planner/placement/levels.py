@@ -23,7 +23,7 @@ from epplan.planner.cost import Floats, Placement, Shares, one_copy
 from .highs import solve
 from .program import MICROSECONDS, build_program
 from .rows import Ints, LayerRows
-from .search import Limit, NoRoomError, best_start, contiguous, descend_again, greedy
+from .search import Limit, NoRoomError, best_start, contiguous, descend, greedy
 from .smooth import descend_smoothly
 from .terms import LayerTerms, cell_terms, cells_of_rows, common_seconds, gpu_terms, inner_terms
 
@@ -251,7 +251,6 @@ def fill_cells(
     limits: Limits,
     cells: Placement,
     deadline: float,
-    kicks: int = 0,
 ) -> Placement:
     """Return ranks for items whose cells are given: each cell by greedy, and swaps in time.
 
@@ -271,7 +270,7 @@ def fill_cells(
             room = capacity[gpus]
             inside = [limit.within(items, gpus) for limit in limits.on_gpus]
             places = greedy(terms, room, inside)
-            places = descend_again(terms, places, room, inside, kicks, deadline)
+            places = descend(terms, places, room, inside, deadline)
             placement[items] = gpus[places]
     return placement
 

@@ -20,8 +20,6 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _SIGNIFICANT = 1 - 1e-9  # a step must gain more than rounding
-_NEAR = 1 - 2e-3  # of the floor: good enough not to be shaken up again
-_SWAPS_A_KICK = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,34 +197,6 @@ def descend(
             if seconds < current * _SIGNIFICANT:
                 current, placement, improved = seconds, candidate, True
     return placement
-
-
-def descend_again(
-    terms: LayerTerms,
-    start: Placement,
-    capacity: Ints,
-    limits: Sequence[Limit],
-    kicks: int,
-    deadline: float = inf,
-    seed: int = 0,
-) -> Placement:
-    """Descend, then again from the best with a few random swaps in it, `kicks` times at most."""
-    random = np.random.default_rng(seed)
-    best = descend(terms, start, capacity, limits, deadline)
-    seconds = terms.seconds(best)
-    for _ in range(kicks):
-        if seconds * _NEAR <= terms.floor_s or time.monotonic() >= deadline:
-            break
-        kicked = best.copy()
-        for _ in range(_SWAPS_A_KICK):
-            first, second = random.integers(len(kicked), size=2)
-            kicked[[first, second]] = kicked[[second, first]]
-            if any((limit.count(kicked) > limit.most).any() for limit in limits):
-                kicked[[first, second]] = kicked[[second, first]]
-        found = descend(terms, kicked, capacity, limits, deadline)
-        if (after := terms.seconds(found)) < seconds:
-            best, seconds = found, after
-    return best
 
 
 def _best_step(
