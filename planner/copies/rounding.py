@@ -60,10 +60,12 @@ def rounded(
         )
         better = task.priced(expert, found.share, placement, "relaxation rounded + swaps")
         better = task.shared(better, effort.left_s)
-        if better.seconds >= found.seconds or not effort.left_s:
+        if better.seconds >= found.seconds:
             return
         found = better
         yield found
+        if not effort.left_s:
+            return
 
 
 def concentrated(task: ReplicatedTask, relaxed: Relaxed, slack: float, effort: Effort) -> Shares:
