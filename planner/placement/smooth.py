@@ -164,9 +164,9 @@ class _SmoothPhase:
     Attributes:
         pair: of every GPU, its pairs; the last pair loads nothing, [gpus, K].
         row: of these, likewise, [gpus, K].
-        extra: seconds of pairs, [pairs + 1, items + slots].
-        base: seconds of rows wherever items sit, [rows + 1].
-        meets: whether two GPUs have a row in common, [gpus, gpus].
+        extra: of pairs, in units of 1 / b, [pairs + 1, items + slots].
+        base: of rows wherever items sit, in the same, [rows + 1].
+        meets: whether two GPUs, not the same, have a row in common, [gpus, gpus].
         steepness: b, 1 / s.
     """
 
@@ -177,41 +177,54 @@ class _SmoothPhase:
     meets: npt.NDArray[np.bool_]
     steepness: float
 
+    def __post_init__(self) -> None:
+        self._of_item = np.ascontiguousarray(self.extra.T)
+
     def place(self, at: Placement) -> None:
         """Take stock of the GPUs of items and slots."""
-        self._own = self.extra[self.pair[at].T, np.arange(len(at))]  # [K, items + slots]
-        self._load = self.base.copy()
-        np.add.at(self._load, self.row[at].T, self._own)
-        self._load[-1] = -np.inf
-        self._worst = self._load.max()
-        self._term = np.exp(self.steepness * (self._load - self._worst))
+        self._pair = self.pair[at].T.copy()  # [K, items + slots], as all below
+        self._row = self.row[at].T.copy()
+        self._own = self.extra[self._pair, np.arange(len(at))]
+        load = self.base.copy()
+        np.add.at(load, self._row, self._own)
+        load[-1] = -np.inf
+        self._worst = load.max()
+        self._above = load - self._worst  # of rows, not positive
+        self._term = np.exp(self._above)
+        self._above_there = self._above[self._row]
+        self._others = self._term.sum() - self._term[self._row].sum(axis=0)
 
     @property
     def seconds(self) -> float:
         """Smooth duration."""
-        return float(self._worst + np.log(self._term.sum()) / self.steepness)
+        return float(self._worst + np.log(self._term.sum())) / self.steepness
 
     def after(self, at: Placement, item: int) -> Floats:
         """Return the duration after `item` has changed places with every other, [items + slots]."""
         gpu = at[item]
-        here, there = self.row[gpu][:, None], self.row[at].T  # [K, 1], [K, items + slots]
+        here = self.row[gpu][:, None]
         more_here = self.extra[self.pair[gpu]] - self._own[:, [item]]
-        more_there = self.extra[:, item][self.pair[at]].T - self._own
-        # A row of both GPUs counts once, with what both ends of the exchange do to it.
+        more_there = self._of_item[item][self._pair] - self._own
         near = np.flatnonzero(self.meets[gpu, at])
-        both = (here[:, None] == there[None, :, near]) & (here < len(self.base) - 1)[:, None]
-        more_here[:, near] += (both * more_there[:, near]).sum(axis=1)
-        more_there[:, near] *= ~both.any(axis=0)
-        total = self._term.sum() - self._term[here].sum() - self._term[there].sum(axis=0)
-        total += self._terms(here, more_here) + self._terms(there, more_there)
-        duration: Floats = self._worst + np.log(np.maximum(total, _NOTHING)) / self.steepness
+        if near.size:
+            # A row of both GPUs counts once, with what both ends of the exchange do to it.
+            last = len(self.base) - 1
+            both = (here[:, None] == self._row[None, :, near]) & (here < last)[:, None]
+            more_here[:, near] += (both * more_there[:, near]).sum(axis=1)
+            more_there[:, near] *= ~both.any(axis=0)
+        more_here += self._above[here]
+        more_there += self._above_there
+        total = self._others - self._term[here].sum() + _sum_of_terms(more_here)
+        total += _sum_of_terms(more_there)
+        duration: Floats = (self._worst + np.log(np.maximum(total, _NOTHING))) / self.steepness
         return duration
 
-    def _terms(self, rows: Ints, more: Floats) -> Floats:
-        """Return the sum of rows' terms [K, others] with `more` load on them."""
-        exponent = self.steepness * (self._load[rows] - self._worst + more)
-        total: Floats = np.exp(np.minimum(exponent, _STEEP)).sum(axis=0)
-        return total
+
+def _sum_of_terms(above: Floats) -> Floats:
+    """Return the sum of terms of rows that are `above` the worst [K, others], which is lost."""
+    np.minimum(above, _STEEP, out=above)
+    total: Floats = np.exp(above, out=above).sum(axis=0)
+    return total
 
 
 @dataclass(kw_only=True)
@@ -260,13 +273,16 @@ def _phase(
     there = csr_array(
         (np.ones(len(pairs)), (phase.pair_gpu[pairs], phase.pair_row[pairs])), (gpus, num_rows)
     )
+    meets = (there @ there.T).toarray() > 0
+    np.fill_diagonal(meets, False)  # an exchange on one GPU is none
+    steepness = sharpness / (load.max() or 1.0)  # without load any will do
     return _SmoothPhase(
         pair=pair,
         row=row,
-        extra=np.pad(phase.extra[pairs], ((0, 1), (0, slots))),
-        base=np.append(phase.base.sum(axis=1), 0.0),
-        meets=(there @ there.T).toarray() > 0,
-        steepness=sharpness / (load.max() or 1.0),  # any will do
+        extra=steepness * np.pad(phase.extra[pairs], ((0, 1), (0, slots))),
+        base=steepness * np.append(phase.base.sum(axis=1), 0.0),
+        meets=meets,
+        steepness=steepness,
     )
 
 
