@@ -12,6 +12,10 @@ What is sent, and through whom, is the problem's transfer mode (`forwarding`): p
 per (token, expert) on another rank, comes from counts; one row per (token, rank), or per (token,
 island) with forwarding, comes from the sets of experts that tokens choose together. The experts'
 work is the same in all modes.
+
+A choice goes to one of its expert's copies at random by their shares, alike from every source and
+independently of a token's other choices. Priced are the rows expected then: a token reaches a place
+with probability 1 - prod over its experts of (1 - share of their copies there).
 """
 
 from dataclasses import dataclass
@@ -92,19 +96,11 @@ def rows_sent(problem: Problem, window: int, layer: int, shares: Shares) -> Floa
     """
     if problem.sets is None:
         return rows_between_ranks(problem, window, layer, shares)
-    num_ranks, island = problem.num_ranks, problem.routes.island
-    sets, rank = problem.sets[window][layer], shares.argmax(axis=1)
-
-    def reached(place: npt.NDArray[np.intp], num_places: int) -> Floats:
-        tokens = sets.reached(place, num_places)
-        if sets.num_sources == 1:  # in equal parts from all ranks
-            tokens = np.repeat(tokens / num_ranks, num_ranks, axis=0)
-        return tokens
-
-    to_rank = reached(rank, num_ranks)
+    sets, island = problem.sets[window][layer], problem.routes.island
+    to_rank = sets.tokens_at(np.arange(problem.num_ranks), shares)
     if problem.transfer == "direct":
         return to_rank
-    return through_islands(to_rank, reached(island[rank], int(island.max()) + 1), island)
+    return through_islands(to_rank, sets.tokens_at(island, shares), island)
 
 
 def evaluate_layer(problem: Problem, layer: int, shares: Shares) -> LayerEvaluation:

@@ -134,7 +134,7 @@ def make_problem(
     """Return the problem, checked for room.
 
     Raises:
-        InputError: GPUs that cannot reach each other; replicas with a transfer that needs sets.
+        InputError: GPUs that cannot reach each other; whole groups that make no sense.
         InfeasibleError: memory too small, with the first expert that finds no room.
     """
     efficiency = hardware().efficiency
@@ -268,7 +268,7 @@ def _check_together(problem: Problem) -> None:
     """Refuse what is not planned together.
 
     Raises:
-        InputError: whole groups of a router without groups; replicas with token sets or groups.
+        InputError: whole groups of a router without groups, or that are to survive their host.
     """
     if problem.keep_groups and problem.model.router.groups == 1:
         raise InputError(
@@ -276,13 +276,11 @@ def _check_together(problem: Problem) -> None:
             "keep together",
             hints=["leave out --keep-groups"],
         )
-    extra = problem.replication.extra
-    if extra and (problem.sets is not None or problem.keep_groups):
-        what = "--keep-groups" if problem.keep_groups else f"--transfer {problem.transfer}"
+    if problem.keep_groups and problem.replication.survive_hosts:
         raise InputError(
-            f"{what} is not planned with replicas (--replicas {extra}): which copy a token "
-            "uses would decide what travels together",
-            hints=[f"leave out {what}", "or leave out --replicas and --survive"],
+            "--survive 1-host cannot be had with --keep-groups: all copies of an expert are on its "
+            "routing group's host, and are lost with it",
+            hints=["leave out --keep-groups", "or leave out --survive"],
         )
 
 

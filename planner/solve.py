@@ -19,6 +19,12 @@ from epplan.planner.copies.replicas import (
     place_replicated,
     start_with_replicas,
 )
+from epplan.planner.copies.set_copies import (
+    SetCopiesTask,
+    place_set_copies,
+    prove_set_copies,
+    start_with_set_copies,
+)
 from epplan.planner.copies.task import ReplicatedTask
 from epplan.planner.placement.highs import solve, solver_name
 from epplan.planner.placement.levels import (
@@ -46,6 +52,7 @@ from epplan.planner.together.whole_groups import (
 from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
 from .plan import Status
 from .problem import Problem, even_capacity, no_room_for_copies
+from .token_sets import single_choices
 from .turns import each_in_turn
 
 _AGREEMENT = 1e-6  # relative difference allowed between evaluator and linear form
@@ -58,6 +65,7 @@ AnyTask = (
     | tuple[ReplicatedTask, LayerPlacement]
     | tuple[SetTask, LayerPlacement]
     | tuple[GroupTask, LayerPlacement]
+    | tuple[SetCopiesTask, LayerPlacement]
 )
 Capacity = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
@@ -164,8 +172,8 @@ class _Work:
         self.same_as = _equal_layers(problem)
         self.rows = {layer: builder.layer(layer) for layer in sorted(set(self.same_as))}
         self.sets: dict[int, SetLayer] = {}
-        if problem.sets is not None:
-            of_sets = SetRowBuilder(problem)
+        if problem.sets is not None or self._copies_together:
+            of_sets = SetRowBuilder(problem if problem.sets is not None else _by_choice(problem))
             self.sets = {layer: of_sets.layer(layer) for layer in self.rows}
         self.best = {layer: self._start(layer) for layer in self.rows}
         self.joint_bound_s = 0.0
@@ -216,7 +224,20 @@ class _Work:
         for layer, twin in enumerate(self.same_as):
             yield _layer_solution(self.problem, layer, self.best[twin], self.capacity[layer])
 
+    @property
+    def _copies_together(self) -> bool:
+        """Whether copies are placed where it matters what is together: token sets, or groups."""
+        problem = self.problem
+        return bool(problem.replication.extra) and (
+            problem.sets is not None or problem.keep_groups
+        )
+
     def _start(self, layer: int) -> LayerPlacement:
+        if self._copies_together:
+            try:
+                return start_with_set_copies(self._set_copies(layer, self.capacity[layer]))
+            except NoRoomError:
+                raise no_room_for_copies(self.problem) from None
         if self.problem.keep_groups:
             return start_with_groups(self._with_groups(layer, self.capacity[layer]))
         if self.problem.sets is not None:
@@ -231,6 +252,8 @@ class _Work:
     def _task(self, layer: int, capacity: Capacity | None = None) -> AnyTask:
         """Return what is to be solved, by default within the layer's share of memory."""
         capacity, best = self.capacity[layer] if capacity is None else capacity, self.best[layer]
+        if self._copies_together:
+            return self._set_copies(layer, capacity), best
         if self.problem.keep_groups:
             return self._with_groups(layer, capacity), best
         if self.problem.sets is not None:
@@ -238,6 +261,14 @@ class _Work:
         if self.problem.replication.extra:
             return self._replicated(layer, capacity), best
         return self.rows[layer], self.cells, capacity, best
+
+    def _set_copies(self, layer: int, capacity: Capacity) -> SetCopiesTask:
+        return SetCopiesTask(
+            with_sets=self._with_sets(layer, capacity),
+            by_counts=self._replicated(layer, capacity),
+            groups=self._with_groups(layer, capacity) if self.problem.keep_groups else None,
+            per_choice=self.problem.sets is None,
+        )
 
     def _with_groups(self, layer: int, capacity: Capacity) -> GroupTask:
         return GroupTask(
@@ -324,6 +355,8 @@ class _Work:
 def _place_within(task: AnyTask, effort: Effort, budget_s: float, report: Report) -> LayerPlacement:
     """Solve one layer within its own time, from when it starts."""
     effort = effort.within(budget_s)
+    if isinstance(task[0], SetCopiesTask):
+        return place_set_copies(task[0], task[1], effort, report)
     if isinstance(task[0], ReplicatedTask):
         return place_replicated(task[0], task[1], effort, report)
     if isinstance(task[0], GroupTask):
@@ -335,9 +368,21 @@ def _place_within(task: AnyTask, effort: Effort, budget_s: float, report: Report
 
 def _prove_within(task: AnyTask, effort: Effort, budget_s: float, report: Report) -> LayerPlacement:
     """Return a placement of which only the bound counts."""
+    if isinstance(task[0], SetCopiesTask):
+        return prove_set_copies(task[0], task[1], effort.within(budget_s))
     if isinstance(task[0], ReplicatedTask):
         return replace(task[1], bound_s=bound_with_replicas(task[0], effort.within(budget_s)))
     return _place_within(task, effort, budget_s, report)
+
+
+def _by_choice(problem: Problem) -> Problem:
+    """Return the problem with tokens of one expert each, which travel as choices do."""
+    one_source = bool((problem.counts == problem.counts[:, :, :1]).all())
+    sets = tuple(
+        tuple(single_choices(counts, one_source=one_source) for counts in window)
+        for window in problem.counts
+    )
+    return replace(problem, transfer="direct", sets=sets)
 
 
 def _equal_layers(problem: Problem) -> list[int]:

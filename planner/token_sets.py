@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
+
+_ENTRIES = 2**26  # of shares looked up at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,46 @@ class TokenSets:
         cell = self.source[edge] * width + places[edge, column]
         total = np.bincount(cell, weights=self.weight[edge], minlength=self.num_sources * width)
         return total.reshape(self.num_sources, width)[:, :num_places].astype(np.float64)
+
+    def reached_by_shares(self, at_place: Floats) -> Floats:
+        """Return the tokens expected at each place where experts have copies, [sources, places].
+
+        A token's expert is at a place with the share of its copies there, drawn for every choice
+        by itself: 1 - prod(1 - share) of the tokens with these experts reach it.
+
+        Args:
+            at_place: shares of every expert at every place, [experts, places].
+        """
+        nowhere = np.ones((1, at_place.shape[1]))
+        missed = np.concatenate([np.maximum(1.0 - at_place, 0.0), nowhere])  # -1 is the last
+        total = np.zeros((self.num_sources, at_place.shape[1]))
+        parts = -(-self.experts.size * at_place.shape[1] // _ENTRIES)
+        for part in np.array_split(np.arange(len(self.weight)), max(1, parts)):
+            none_there = np.ones((len(part), at_place.shape[1]))
+            for column in self.experts[part].T:
+                none_there *= missed[column]
+            by_source = csr_array(
+                (self.weight[part], (self.source[part], np.arange(len(part)))),
+                shape=(self.num_sources, len(part)),
+            )
+            total += by_source @ (1.0 - none_there)
+        return total
+
+    def tokens_at(self, place_of_rank: Ints, shares: Floats) -> Floats:
+        """Return the tokens of every rank expected at each place, [ranks, places].
+
+        Args:
+            place_of_rank: [ranks].
+            shares: of every expert's rows on each rank, [experts, ranks].
+        """
+        num_ranks, num_places = len(place_of_rank), int(place_of_rank.max()) + 1
+        if np.count_nonzero(shares) == len(shares):
+            reached = self.reached(place_of_rank[shares.argmax(axis=1)], num_places)
+        else:
+            reached = self.reached_by_shares(shares @ np.eye(num_places)[place_of_rank])
+        if self.num_sources == 1:  # in equal parts from all ranks
+            reached = np.repeat(reached / num_ranks, num_ranks, axis=0)
+        return reached
 
     def scaled(self, factor: float) -> "TokenSets":
         """Return as many times the tokens."""
@@ -97,4 +140,21 @@ def mean_of(windows: Sequence[TokenSets]) -> TokenSets:
         np.concatenate([sets.experts for sets in windows]),
         np.concatenate([sets.weight for sets in windows]) / len(windows),
         windows[0].num_sources,
+    )
+
+
+def single_choices(counts: Floats, *, one_source: bool) -> TokenSets:
+    """Return the sets of tokens with one expert each, for choices that travel by themselves.
+
+    Args:
+        counts: assignments, [sources, experts].
+        one_source: all sources have the same mix, and count as one.
+    """
+    counts = counts.sum(axis=0, keepdims=True) if one_source else counts
+    source, expert = np.nonzero(counts)
+    return TokenSets(
+        source=source,
+        experts=expert[:, None],
+        weight=counts[source, expert].astype(np.float64),
+        num_sources=len(counts),
     )

@@ -96,12 +96,7 @@ class PhaseRows:
             return self.floor_s
         whole = self.copies(np.arange(self.alone.shape[0]), np.zeros(self.alone.shape[0])).floor_s
         alone = self._alone_of_traffic().min(axis=1)
-        low, high = alone.max() / self.alone.shape[1], alone.max()
-        for _ in range(60):
-            middle = (low + high) / 2
-            enough = np.maximum(1, np.ceil(alone / max(middle, 1e-300) - 1e-9)).sum() <= num_copies
-            low, high = (low, middle) if enough else (middle, high)
-        return max(float(low), whole)
+        return max(least_with_copies(alone, self.alone.shape[1], num_copies), whole)
 
     def own_rows(self) -> Floats | None:
         """Return what experts add to each GPU's heaviest row that only its own experts load.
@@ -179,6 +174,22 @@ class LayerRows:
     def total(self, durations: Sequence[float]) -> float:
         """Return the layer's seconds from its phases'."""
         return float(layer_seconds(self.objective, self.constant_s, self.phases, durations))
+
+
+def least_with_copies(alone: Floats, num_gpus: int, num_copies: int) -> float:
+    """Return what the copy that takes longest takes at least, whatever shares they have.
+
+    Args:
+        alone: seconds of every expert's whole share, where it takes least, [experts].
+        num_gpus: most copies of one expert.
+        num_copies: copies of all experts at most.
+    """
+    low, high = float(alone.max()) / num_gpus, float(alone.max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = np.maximum(1, np.ceil(alone / max(middle, 1e-300) - 1e-9)).sum() <= num_copies
+        low, high = (low, middle) if enough else (middle, high)
+    return low
 
 
 def alone_rows(

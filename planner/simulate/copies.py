@@ -7,10 +7,10 @@
     padded   every expert's buffer whole, whatever is in it: a fixed-capacity all_to_all
 
 A node is an island: the ranks that reach each other without the network; `planner.forwarding` has
-the rule. Where token sets are known and experts have one copy, ranks and nodes reached are counted.
-Otherwise counts say how often a rank chooses an expert, not which experts a token chooses together,
-and how many ranks and nodes a token reaches is an expectation over independent choices
-(`hit_probability`).
+the rule. Where token sets are known, ranks and nodes reached are counted, or expected where experts
+have copies. Otherwise counts say how often a rank chooses an expert, not which experts a token
+chooses together, and how many ranks and nodes a token reaches is an expectation over independent
+choices (`hit_probability`).
 """
 
 from dataclasses import dataclass
@@ -83,13 +83,9 @@ def sent_copies(choices: Choices, copies: Copies) -> Floats:
 
 def _reached(choices: Choices, place_of_rank: Ints) -> Floats:
     """Return the tokens of every rank with some expert at each place, [ranks, places]."""
-    sets, shares, num_ranks = choices.sets, choices.shares, len(choices.island)
-    num_places = int(place_of_rank.max()) + 1
-    if sets is not None and (np.count_nonzero(shares, axis=1) == 1).all():
-        reached = sets.reached(place_of_rank[shares.argmax(axis=1)], num_places)
-        if sets.num_sources == 1:
-            reached = np.repeat(reached / num_ranks, num_ranks, axis=0)
-        return reached
+    shares, num_places = choices.shares, int(place_of_rank.max()) + 1
+    if choices.sets is not None:
+        return choices.sets.tokens_at(place_of_rank, shares)
     at_places = shares @ np.eye(num_places)[place_of_rank]
     tokens: Floats = choices.tokens[:, None] * hit_probability(choices, at_places)
     return tokens

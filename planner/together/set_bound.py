@@ -4,6 +4,13 @@ The worst row of a kind (all NICs' incoming sides, say) is no less than the rows
 capacity. That mean is one linear row over all tokens and places; where each token that reaches a
 place outside its home adds at least a seconds to it, the transfer lasts a times the least reach.
 Home is nothing, the token's rank or its island, whichever proves more.
+
+With copies that a token's choices pick at random by their shares, each for itself, the tokens
+expected at places are a mean over placements with one copy: draw a copy of every expert once, by its
+share. No two experts of a token are the same, so each token's chances are what they were; and every
+placement drawn is on GPUs that hold these copies, so it keeps their capacity. What holds for a sum
+over rows of all placements therefore holds for copies; for single rows it does not, and what single
+experts cause is divided by their copies.
 """
 
 from dataclasses import dataclass
@@ -30,7 +37,13 @@ class _Least:
     reached: float
 
 
-def reach_bound(layer: SetLayer, island: Ints, capacity: Ints, deadline: float = np.inf) -> float:
+def reach_bound(
+    layer: SetLayer,
+    island: Ints,
+    capacity: Ints,
+    deadline: float = np.inf,
+    copies: int | None = None,
+) -> float:
     """Return seconds that no placement of a layer goes below.
 
     Args:
@@ -38,31 +51,45 @@ def reach_bound(layer: SetLayer, island: Ints, capacity: Ints, deadline: float =
         island: of every GPU, [gpus].
         capacity: most experts on every GPU, [gpus].
         deadline: when to stop improving it (time.monotonic).
+        copies: of all experts at most, with any shares; None: one of each.
     """
+    return layer.total(least_durations(layer, island, capacity, deadline, copies))
+
+
+def least_durations(
+    layer: SetLayer, island: Ints, capacity: Ints, deadline: float, copies: int | None
+) -> list[float]:
+    """Return what every phase lasts at least; arguments of `reach_bound`."""
     known = [
         [_least(layer, window, places, island, capacity, deadline) for places in layer.place_of_gpu]
         for window in range(len(layer.sets))
     ]
     transfers = [
-        max(phase.floor_s, _transfer_bound(phase, known[phase.window])) for phase in layer.transfers
+        max(_floor(phase, copies), _transfer_bound(phase, known[phase.window]))
+        for phase in layer.transfers
     ]
-    return layer.total([*transfers, *(_other_bound(phase) for phase in layer.others)])
+    return [*transfers, *(_other_bound(phase, copies) for phase in layer.others)]
 
 
-def _other_bound(phase: PhaseRows) -> float:
+def _floor(phase: TransferRows | PhaseRows, copies: int | None) -> float:
+    return phase.floor_s if copies is None else phase.floor_with_copies(copies)
+
+
+def _other_bound(phase: PhaseRows, copies: int | None) -> float:
     """Return what the experts' work, or the longest path, lasts at least.
 
     The slowest GPU is no faster than all together, and an expert takes as much of that anywhere.
     """
+    floor = _floor(phase, copies)
     if not phase.is_compute:
-        return phase.floor_s
+        return floor
     num_gpus = phase.alone.shape[1]
     together = [
         float((phase.extra[first] * phase.capacity[first]).sum())
         / float(phase.capacity[first : first + num_gpus].sum())
         for first in range(0, len(phase.extra), num_gpus)
     ]
-    return max(phase.floor_s, *together)
+    return max(floor, *together)
 
 
 def _least(

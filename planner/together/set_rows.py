@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.sparse import csc_array, csr_array, vstack
 
-from epplan.planner.cost import Placement
+from epplan.planner.cost import Placement, Shares
 from epplan.planner.forwarding import entry_ranks
 from epplan.planner.objective import Objective, Timed, layer_seconds
 from epplan.planner.placement.row_builder import compute_rows, distinct_resources, latency_phases
-from epplan.planner.placement.rows import Floats, Ints, PhaseRows
+from epplan.planner.placement.rows import Floats, Ints, PhaseRows, least_with_copies
 from epplan.planner.problem import Problem
 from epplan.planner.token_sets import TokenSets
 from epplan.topologies.routes import Routes
@@ -62,6 +62,13 @@ class TransferRows:
         A rank or island with an expert is reached by all tokens that choose it.
         """
         return float(self.alone.min(axis=1).max())
+
+    def floor_with_copies(self, num_copies: int) -> float:
+        """Return what it lasts at least with so many copies of all experts, shares free.
+
+        With a share of an expert on a GPU, at least as much of the tokens that choose it go there.
+        """
+        return least_with_copies(self.alone.min(axis=1), self.alone.shape[1], num_copies)
 
     def load(self, reached: tuple[Floats, ...]) -> Floats:
         """Return every row's seconds for tokens that reach places, by level [sources, places]."""
@@ -126,6 +133,20 @@ class SetLayer:
     def seconds(self, placement: Placement) -> float:
         """Return the cost of a placement, [experts]."""
         return self.total(self.durations(placement))
+
+    def seconds_of_shares(self, shares: Shares) -> float:
+        """Return the cost of shares of experts on GPUs, [experts, gpus]."""
+        reached = [
+            tuple(
+                sets.reached_by_shares(shares @ np.eye(int(place.max()) + 1)[place])
+                for place in self.place_of_gpu
+            )
+            for sets in self.sets
+        ]
+        transfers = [float(t.load(reached[t.window]).max(initial=0.0)) for t in self.transfers]
+        return self.total(
+            [*transfers, *(phase.seconds_of_shares(shares) for phase in self.others)]
+        )
 
     def total(self, durations: list[float]) -> float:
         """Return the layer's seconds from its phases'."""

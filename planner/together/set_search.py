@@ -88,7 +88,7 @@ class SetSearch:
         ]
         durations = [float(load.max(initial=0.0)) for load in loads]
         durations += [phase.seconds(self.placement) for phase in self._layer.others]
-        return self._layer.total(durations), float(sum(_levelness(load) for load in loads))
+        return self._layer.total(durations), float(sum(levelness(load) for load in loads))
 
     def _step(self, expert: int) -> bool:
         """Take the best swap or move of one expert if it helps."""
@@ -142,7 +142,7 @@ class SetSearch:
                 for change, matrix in zip(changes[transfer.window], transfer.matrices, strict=True)
             )
             durations.append(load.max(axis=0, initial=0.0))
-            level += _levelness(load)
+            level += levelness(load)
         for phase in layer.others:
             make = _compute_after if phase.is_compute else _latency_after
             durations.append(make(phase, self.placement, expert, targets))
@@ -150,7 +150,7 @@ class SetSearch:
         return seconds, level
 
 
-def _levelness(load: Floats) -> Floats:
+def levelness(load: Floats) -> Floats:
     """Return a smooth stand-in for the largest row, of [rows] or [rows, candidates]."""
     scale = load.max(initial=1e-300)
     power = load / scale

@@ -15,6 +15,7 @@ from epplan.errors import InfeasibleError
 from epplan.planner.cost import Placement
 from epplan.planner.placement.levels import (
     Effort,
+    Found,
     LayerPlacement,
     Limits,
     Report,
@@ -150,6 +151,34 @@ def place_with_groups(
             best = best.proven(found.bound_s)
             report(best)
     return best
+
+
+def groups_for_copies(task: GroupTask, extra: int, effort: Effort, *, solved: bool) -> Found:
+    """Return a placement to make copies from, and what no copies of whole groups go below.
+
+    All copies of a group's experts are on its host, so over hosts rows are those of one copy each.
+    What one expert causes on one GPU is divided by the copies it may have there; a path is not.
+
+    Args:
+        task: the layer, by counts.
+        extra: copies of all experts on top of one each.
+        effort: when to stop.
+        solved: by the integer program; else the bound is that of single experts.
+    """
+    gpus = np.bincount(task.host_of_gpu[task.capacity > 0]).max()
+    copies = min(1 + extra, int(gpus))
+    terms = _group_terms(task)
+    phases = [
+        replace(phase, alone=phase.alone / copies) if len(phase.rows) else phase
+        for phase in terms.phases
+    ]
+    terms = replace(terms, phases=tuple(phases))
+    _, hosts = best_start(terms, task.room, effort.seed, deadline=effort.deadline)
+    bound_s = terms.floor_s
+    if solved and effort.left_s:
+        with run_program(terms, task.room, hosts, effort) as found:
+            hosts, bound_s = found.placement, max(bound_s, found.bound_s)
+    return Found(placement=_filled(task, hosts, effort.deadline), bound_s=bound_s)
 
 
 def _free_bound(task: GroupTask, effort: Effort) -> float:
