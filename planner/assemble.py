@@ -262,11 +262,11 @@ def _transfer_in_scope(problem: Problem) -> str:
 
 def _copies(problem: Problem) -> str:
     extra = problem.replication.extra
-    if problem.keep_groups:
-        return "one copy of each expert, whole routing groups on a host"
     if not extra:
-        return "one copy of each expert"
-    return f"{extra} replicas or fewer of any experts, with any shares of their traffic,"
+        groups = ", whole routing groups on a host" if problem.keep_groups else ""
+        return f"one copy of each expert{groups}"
+    groups = " whole routing groups with all their copies on a host," if problem.keep_groups else ""
+    return f"{extra} replicas or fewer of any experts, with any shares of their traffic,{groups}"
 
 
 def _objective(problem: Problem) -> str:
@@ -290,6 +290,12 @@ def _replication(problem: Problem) -> tuple[str, ...]:
         return ()
     shares = "equal shares" if rule.equal_shares else "the plan's shares"
     text = f"every source rank spreads an expert's tokens over its copies in {shares}"
+    if problem.sets is not None:
+        text += (
+            ": each of a token's choices goes to one of its expert's copies at random, nearer ones "
+            "or not and whatever its other choices do; a token's hosts are all those that its "
+            "copies are on, and rows are what is expected then"
+        )
     return (text, "every expert has copies on two hosts") if rule.survive_hosts else (text,)
 
 

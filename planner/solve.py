@@ -228,9 +228,7 @@ class _Work:
     def _copies_together(self) -> bool:
         """Whether copies are placed where it matters what is together: token sets, or groups."""
         problem = self.problem
-        return bool(problem.replication.extra) and (
-            problem.sets is not None or problem.keep_groups
-        )
+        return bool(problem.replication.extra) and (problem.sets is not None or problem.keep_groups)
 
     def _start(self, layer: int) -> LayerPlacement:
         if self._copies_together:

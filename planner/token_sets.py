@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
@@ -71,11 +70,12 @@ class TokenSets:
             none_there = np.ones((len(part), at_place.shape[1]))
             for column in self.experts[part].T:
                 none_there *= missed[column]
-            by_source = csr_array(
-                (self.weight[part], (self.source[part], np.arange(len(part)))),
-                shape=(self.num_sources, len(part)),
-            )
-            total += by_source @ (1.0 - none_there)
+            for place, none in enumerate(none_there.T):
+                total[:, place] += np.bincount(
+                    self.source[part],
+                    weights=self.weight[part] * (1.0 - none),
+                    minlength=self.num_sources,
+                )
         return total
 
     def tokens_at(self, place_of_rank: Ints, shares: Floats) -> Floats:

@@ -15,7 +15,7 @@ from epplan.planner.forwarding import entry_ranks, path_latency, through_islands
 from epplan.planner.objective import Objective
 from epplan.planner.placement.levels import LayerPlacement
 from epplan.planner.plan import TransferMode
-from epplan.planner.problem import Problem, Replication, make_problem
+from epplan.planner.problem import Problem, make_problem
 from epplan.planner.routing_trace import from_topk
 from epplan.planner.simulate.copies import Choices
 from epplan.planner.simulate.transfers import make_library, transfer_profile
@@ -263,22 +263,6 @@ def test_groups_that_fit_nowhere_are_refused_with_numbers() -> None:
             2,
             keep_groups=True,
         )
-
-
-def test_replicas_are_refused_with_a_remedy() -> None:
-    topk, cluster = random_tokens(0, 4, 4), tiny_cluster()
-    with pytest.raises(InputError) as caught:
-        make_problem(
-            cluster,
-            tuple(cluster.gpus()),
-            token_model(topk, 4),
-            token_traffic(topk, 4),
-            2,
-            replication=Replication(extra=2),
-            transfer="node-dedup",
-        )
-    assert "--transfer node-dedup is not planned with replicas (--replicas 2)" in str(caught.value)
-    assert "leave out --transfer node-dedup" in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", SET_MODES)

@@ -5,7 +5,7 @@ import numpy as np
 from epplan.planner.model import ModelSpec, RouterSpec
 from epplan.planner.objective import Objective
 from epplan.planner.plan import TransferMode
-from epplan.planner.problem import Problem, make_problem
+from epplan.planner.problem import Problem, Replication, make_problem
 from epplan.planner.routing_trace import from_topk
 from epplan.planner.token_sets import Ints
 from epplan.planner.traffic import Traffic
@@ -56,6 +56,7 @@ def token_problem(
     objective: Objective | None = None,
     ffn: int = 64,
     groups: int = 1,
+    replication: Replication | None = None,
 ) -> Problem:
     """Return the problem on all GPUs of a cluster; routing groups stay whole if there are some."""
     return make_problem(
@@ -65,6 +66,7 @@ def token_problem(
         token_traffic(topk, experts),
         experts_per_gpu,
         objective,
+        replication,
         transfer=transfer,
         keep_groups=groups > 1,
     )

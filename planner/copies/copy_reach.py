@@ -3,8 +3,8 @@
 A token's choice of expert e goes to place p with e's share there, q[e,p], drawn by itself:
 
     reached[s,p] = sum over token sets u of source s of  w[u] (1 - prod over e in u of (1 - q[e,p]))
-    slope[e,s,p] = d reached / d q[e,p]             sum over u with e of  w[u] prod over the others
-    spared[s,p]  = - d2 reached / d q[e,p] d q[f,p]  sum over u with both of  w[u] prod over the rest
+    slope[e,s,p] = d reached / d q[e,p]             sum over u with e of w[u] prod over the rest
+    spared[s,p]  = - d2 reached / d q[e,p] d q[f,p]  sum over u with both of w[u] prod over the rest
 
 Each q enters linearly, so these say exactly what one expert's change is worth, or two experts'.
 """
@@ -28,9 +28,7 @@ class CopyReach:
         shares: of every expert's rows on each GPU, [experts, gpus].
     """
 
-    def __init__(
-        self, sets: TokenSets, counts: Floats, place_of_gpu: Ints, shares: Shares
-    ) -> None:
+    def __init__(self, sets: TokenSets, counts: Floats, place_of_gpu: Ints, shares: Shares) -> None:
         self._sets, self._counts = sets, counts
         self.place_of_gpu = place_of_gpu
         num_experts, num_places = len(shares), int(place_of_gpu.max()) + 1
@@ -73,7 +71,7 @@ class CopyReach:
             weights=(self._sets.weight[chosen][:, None] * part).ravel(),
             minlength=(num_experts + 1) * num_sources,
         )
-        return total.reshape(num_experts + 1, num_sources)[:num_experts]
+        return total.astype(np.float64).reshape(num_experts + 1, num_sources)[:num_experts]
 
     @property
     def at_place(self) -> Floats:
@@ -95,12 +93,12 @@ class CopyReach:
         missed = np.where(
             (experts == expert) | (experts == other), 1.0, self._missed[experts, place]
         )
-        total: Floats = np.bincount(
+        total = np.bincount(
             self._sets.source[chosen],
             weights=self._sets.weight[chosen] * missed.prod(axis=1),
             minlength=self._sets.num_sources,
         )
-        return total
+        return total.astype(np.float64)
 
     def change(self, expert: int, more: Floats) -> None:
         """Give an expert more, or less, of a share on GPUs, [gpus]."""

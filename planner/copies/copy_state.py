@@ -65,7 +65,7 @@ class PlaceRows:
             weights=self._whole.data * tokens.T.ravel()[column],
             minlength=self._num_rows * len(self._blocks),
         )
-        return rows.reshape(self._num_rows, -1)
+        return rows.astype(np.float64).reshape(self._num_rows, -1)
 
     def row(self, row: int) -> Floats:
         """Return one row, [places, sources]."""
@@ -110,9 +110,7 @@ class CopyState:
             if phase.is_compute
         }
         self.paths = {
-            number: phase.alone
-            for number, phase in enumerate(layer.others)
-            if not phase.is_compute
+            number: phase.alone for number, phase in enumerate(layer.others) if not phase.is_compute
         }
         self.restart(shares)
 
@@ -150,7 +148,10 @@ class CopyState:
         used = self.shares > 0
         seconds, level = self.total(
             [load[:, None] for load in self.loads],
-            {n: (arithmetic[:, None], reading[:, None]) for n, (arithmetic, reading) in self.work.items()},
+            {
+                n: (arithmetic[:, None], reading[:, None])
+                for n, (arithmetic, reading) in self.work.items()
+            },
             {number: np.array([alone[used].max()]) for number, alone in self.paths.items()},
         )
         self.price = Price(float(seconds[0]), float(level[0]))
@@ -158,7 +159,8 @@ class CopyState:
     @property
     def held(self) -> Ints:
         """Copies on every GPU, [gpus]."""
-        return np.count_nonzero(self.shares, axis=0)
+        held: Ints = np.count_nonzero(self.shares, axis=0)
+        return held
 
     def total(
         self,

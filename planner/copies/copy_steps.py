@@ -54,9 +54,7 @@ def is_better(price: Price, than: Price) -> bool:
     """Whether seconds gain, or rows are more level in the same seconds."""
     if price.seconds < than.seconds * _SIGNIFICANT:
         return True
-    return (
-        price.seconds <= than.seconds / _SIGNIFICANT and price.level < than.level * _LEVELLER
-    )
+    return price.seconds <= than.seconds / _SIGNIFICANT and price.level < than.level * _LEVELLER
 
 
 class CopySteps:
@@ -223,5 +221,3 @@ class CopySteps:
             {n: path[[step]] for n, path in paths.items()},
         )
         return Price(float(seconds[0]), float(level_of[0]))
-
-

@@ -19,7 +19,7 @@ import numpy as np
 from epplan.planner.cost import Shares, one_copy
 from epplan.planner.placement.levels import Effort, Found, LayerPlacement, Report
 from epplan.planner.placement.search import NoRoomError
-from epplan.planner.together.set_bound import least_durations
+from epplan.planner.together.set_bound import reach_bound
 from epplan.planner.together.set_levels import SetTask, place_with_sets, start_with_sets
 from epplan.planner.together.whole_groups import (
     GroupTask,
@@ -45,6 +45,7 @@ _SHARE_SEARCH = 0.4  # of the time left, for the search from it
 _SHARING_S = 10.0  # a linear program over the shares of given copies
 _KICKS = 20
 _SLOTS_PRECISION = 2e-3
+_IMPROVED = " + copies moved and shared"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ def start_with_set_copies(task: SetCopiesTask) -> LayerPlacement:
         start = start_with_replicas(task.by_counts)
     layer = task.with_sets.layer
     shares = start.shares(len(task.by_counts.capacity))
-    floor_s = layer.total([phase.floor_with_copies(task.most_copies) for phase in (*layer.transfers, *layer.others)])
+    floor_s = layer.floor_with_copies(task.most_copies)
     return _placed(shares, layer.seconds_of_shares(shares), floor_s, start.found_by)
 
 
@@ -120,7 +121,7 @@ def place_set_copies(
         search = _search(task, shares, effort.part(_SHARE_SEARCH))
         best = _offered(best, search.state, name)
         search.improve()
-        best = _offered(best, search.state, f"{name} + copies moved and shared")
+        best = _offered(best, search.state, f"{name}{_IMPROVED}")
         report(best)
     if not best.is_done(effort.gap) and effort.left_s:
         best = _exchanged(task, best, effort, report)
@@ -144,27 +145,40 @@ def _over_hosts(task: SetCopiesTask, effort: Effort) -> Found | None:
 def _proven(
     task: SetCopiesTask, start: LayerPlacement, over_hosts: Found | None, effort: Effort
 ) -> LayerPlacement:
-    layer, sets = task.with_sets.layer, task.with_sets
-    least = least_durations(
-        layer, sets.island, sets.capacity, effort.deadline, copies=task.most_copies
+    sets = task.with_sets
+    bound_s = reach_bound(
+        sets.layer,
+        sets.island,
+        sets.capacity,
+        effort.deadline,
+        copies=task.most_copies,
+        work_s=_least_work(task, effort.part(0.5)),
     )
-    for number, phase in enumerate(layer.others, len(layer.transfers)):
-        if phase.is_compute and (amount := phase.own_rows()) is not None:
-            by_slots = least_maximum(
-                amount.min(axis=1),
-                len(sets.capacity),
-                int(sets.capacity.max()),
-                task.most_copies,
-                precision=_SLOTS_PRECISION,
-                time_limit_s=effort.left_s / 2,
-            )
-            least[number] = max(least[number], by_slots)
-    best = start.proven(layer.total(least))
+    best = start.proven(bound_s)
     if task.per_choice:
         assert over_hosts is not None  # without groups `replicas` plans choices by themselves
         best = best.proven(bound_with_replicas(task.by_counts, effort))
         best = replace(best, free_bound_s=best.bound_s).proven(over_hosts.bound_s)
     return best
+
+
+def _least_work(task: SetCopiesTask, effort: Effort) -> list[float]:
+    """Return what the experts' work lasts at least, as light experts fill slots, [windows]."""
+    found, capacity = [], task.with_sets.capacity
+    for phase in task.with_sets.layer.others:
+        if phase.is_compute:
+            amount = phase.own_rows()
+            assert amount is not None  # a GPU's arithmetic is its own
+            by_slots = least_maximum(
+                amount.min(axis=1),
+                len(capacity),
+                int(capacity.max()),
+                task.most_copies,
+                precision=_SLOTS_PRECISION,
+                time_limit_s=effort.left_s,
+            )
+            found.append(by_slots)
+    return found
 
 
 def _starts(
@@ -213,9 +227,9 @@ def _exchanged(
         if kick:
             search.kick(random)
         search.improve()
-        while not effort.left_s == 0 and search.exchange():
+        while effort.left_s and search.exchange():
             search.improve()
-        found = _offered(best, search.state, best.found_by)
+        found = _offered(best, search.state, f"{best.found_by.removesuffix(_IMPROVED)}{_IMPROVED}")
         if found is not best:
             best = found
             report(best)
@@ -230,7 +244,10 @@ def _offered(best: LayerPlacement, state: CopyState, found_by: str) -> LayerPlac
     seconds = state.layer.seconds_of_shares(state.shares)
     found = _placed(state.shares, seconds, best.bound_s, found_by)
     return replace(
-        found, bound_s=min(best.bound_s, seconds), floor_s=best.floor_s, free_bound_s=best.free_bound_s
+        found,
+        bound_s=min(best.bound_s, seconds),
+        floor_s=best.floor_s,
+        free_bound_s=best.free_bound_s,
     )
 
 

@@ -18,6 +18,20 @@ gives n (n - 1) / 2 >= j n - j (j + 1) / 2 (the chord of a convex function at j 
 
 per token, and j = 0 holds where home is several places. Summed over tokens H is at most what the
 best assignment of experts to homes keeps there.
+
+All this holds for copies, too, that a token's choices pick at random by their shares, each for
+itself: for every outcome, and so for what is expected. A pair is then at p with the product of both
+shares q[e,p], q[f,p], and with Q = (q[e,p]) twice the pairs expected are tr(Q' C Q). Two bounds:
+
+- `most_pairs`, of placements with one copy, holds: draw a copy of every expert once, by its share.
+  No two experts of a token are the same, so pairs are as likely as before; and every placement
+  drawn is on GPUs that hold these copies, so it keeps their capacity. A mean is at most the most.
+- `most_pairs_within`: no place has more than W assignments. With c the experts' assignments, D =
+  diag c, N = D^-1/2 C D^-1/2 and Y = D^1/2 Q, tr(Q' C Q) = tr(N Y Y'). Y'Y = Q' D Q is no less than
+  0 everywhere and its row of p adds up to the assignments at p, so its eigenvalues are at most W;
+  they add up to its trace, at most S. So tr(N Y Y') is at most the largest eigenvalues of N, one a
+  place, W times each until S is used up (von Neumann's trace inequality). Popular experts alone
+  give N one large eigenvalue, k - 1 for tokens of k choices: even places make pairs few.
 """
 
 import time
@@ -87,6 +101,34 @@ def most_pairs(together: Floats, capacity: Ints, deadline: float = np.inf) -> fl
         diagonal = diagonal - step * slope / max(float(np.linalg.norm(slope)), 1e-12)
         step *= 0.93
     return best * (1 + 1e-9)  # rounding of the eigenvalues
+
+
+def spectrum(together: Floats, load: Floats, places: int) -> Floats:
+    """Return the largest eigenvalues of D^-1/2 C D^-1/2, descending, one a place.
+
+    Args:
+        together: C, [experts, experts].
+        load: assignments of every expert, the diagonal of D, [experts].
+        places: how many.
+    """
+    chosen = np.flatnonzero(load > 0)
+    scale = 1.0 / np.sqrt(load[chosen])
+    normal = together[np.ix_(chosen, chosen)] * scale[:, None] * scale[None, :]
+    value, _ = _largest_pairs(normal, min(places, len(chosen)))
+    return value
+
+
+def most_pairs_within(spectrum: Floats, heaviest: float, assignments: float) -> float:
+    """Return a bound on the pairs at places, where none has more than some assignments.
+
+    Args:
+        spectrum: of the tokens.
+        heaviest: W, most assignments at a place.
+        assignments: S, of all tokens.
+    """
+    filled = np.minimum(np.arange(1, len(spectrum) + 1) * heaviest, assignments)
+    part = np.diff(filled, prepend=0.0)
+    return float(part @ np.maximum(spectrum, 0.0)) / 2 * (1 + 1e-9)
 
 
 def _largest_pairs(matrix: Floats, number: int) -> tuple[Floats, Floats]:

@@ -117,6 +117,11 @@ class SetLayer:
         floors = [phase.floor_s for phase in self.transfers]
         return self.total([*floors, *(phase.floor_s for phase in self.others)])
 
+    def floor_with_copies(self, num_copies: int) -> float:
+        """A lower bound with so many copies of all experts and any shares, from single experts."""
+        floors = [phase.floor_with_copies(num_copies) for phase in self.transfers]
+        return self.total([*floors, *(p.floor_with_copies(num_copies) for p in self.others)])
+
     def reached(self, window: int, placement: Placement) -> tuple[Floats, ...]:
         """Return the tokens that reach the places of each level, [sources, places] each."""
         return tuple(
@@ -144,9 +149,7 @@ class SetLayer:
             for sets in self.sets
         ]
         transfers = [float(t.load(reached[t.window]).max(initial=0.0)) for t in self.transfers]
-        return self.total(
-            [*transfers, *(phase.seconds_of_shares(shares) for phase in self.others)]
-        )
+        return self.total([*transfers, *(phase.seconds_of_shares(shares) for phase in self.others)])
 
     def total(self, durations: list[float]) -> float:
         """Return the layer's seconds from its phases'."""
