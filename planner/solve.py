@@ -261,10 +261,14 @@ class _Work:
         return self.rows[layer], self.cells, capacity, best
 
     def _set_copies(self, layer: int, capacity: Capacity) -> SetCopiesTask:
+        groups = None
+        if self.problem.model.router.groups > 1:
+            groups = self._with_groups(layer, capacity)
         return SetCopiesTask(
             with_sets=self._with_sets(layer, capacity),
             by_counts=self._replicated(layer, capacity),
-            groups=self._with_groups(layer, capacity) if self.problem.keep_groups else None,
+            groups=groups if groups is not None and groups.fit else None,
+            keep_groups=self.problem.keep_groups,
             per_choice=self.problem.sets is None,
         )
 

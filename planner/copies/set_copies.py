@@ -24,6 +24,7 @@ from epplan.planner.together.set_levels import SetTask, place_with_sets, start_w
 from epplan.planner.together.whole_groups import (
     GroupTask,
     groups_for_copies,
+    least_group_work,
     place_with_groups,
     start_with_groups,
 )
@@ -55,13 +56,15 @@ class SetCopiesTask:
     Attributes:
         with_sets: its tokens; where choices travel by themselves, tokens with one expert each.
         by_counts: as if every choice travelled by itself.
-        groups: what keeps groups whole; None: nothing has to.
+        groups: the router's groups, if hosts have room for whole ones.
+        keep_groups: whether they have to stay whole.
         per_choice: choices do travel by themselves.
     """
 
     with_sets: SetTask
     by_counts: ReplicatedTask
     groups: GroupTask | None
+    keep_groups: bool
     per_choice: bool
 
     @property
@@ -73,7 +76,7 @@ class SetCopiesTask:
         """Return where copies may be; whole groups stay on the hosts where `shares` has them."""
         task, rule = self.by_counts, self.by_counts.rule
         allowed = np.ones(shares.shape, dtype=bool)
-        if self.groups is not None:
+        if self.keep_groups:
             allowed = task.host_of_gpu[shares.argmax(axis=1)][:, None] == task.host_of_gpu[None]
         return CopyRules(
             allowed=allowed,
@@ -91,7 +94,8 @@ def start_with_set_copies(task: SetCopiesTask) -> LayerPlacement:
     Raises:
         NoRoomError: there is none on these GPUs.
     """
-    if task.groups is not None:
+    if task.keep_groups:
+        assert task.groups is not None  # `check_groups`
         start = start_with_groups(task.groups)
     else:
         start = start_with_replicas(task.by_counts)
@@ -136,7 +140,7 @@ def prove_set_copies(task: SetCopiesTask, start: LayerPlacement, effort: Effort)
 
 def _over_hosts(task: SetCopiesTask, effort: Effort) -> Found | None:
     """Return where whole groups may be, with a bound where choices travel by themselves."""
-    if task.groups is None:
+    if task.groups is None or task.by_counts.rule.survive_hosts:
         return None
     extra = task.by_counts.rule.extra
     return groups_for_copies(task.groups, extra, effort, solved=task.per_choice)
@@ -163,8 +167,12 @@ def _proven(
 
 
 def _least_work(task: SetCopiesTask, effort: Effort) -> list[float]:
-    """Return what the experts' work lasts at least, as light experts fill slots, [windows]."""
+    """Return what the experts' work lasts at least, [windows].
+
+    Light experts fill slots (`balance_bound`), and whole groups hosts.
+    """
     found, capacity = [], task.with_sets.capacity
+    extra = task.by_counts.rule.extra
     for phase in task.with_sets.layer.others:
         if phase.is_compute:
             amount = phase.own_rows()
@@ -178,6 +186,10 @@ def _least_work(task: SetCopiesTask, effort: Effort) -> list[float]:
                 time_limit_s=effort.left_s,
             )
             found.append(by_slots)
+    if task.keep_groups:
+        assert task.groups is not None
+        by_groups = least_group_work(task.groups, extra, effort)
+        found = [max(pair) for pair in zip(found, by_groups, strict=True)]
     return found
 
 
@@ -185,25 +197,31 @@ def _starts(
     task: SetCopiesTask, start: LayerPlacement, over_hosts: Found | None, effort: Effort
 ) -> Iterator[tuple[str, Shares]]:
     num_gpus = len(task.by_counts.capacity)
-    if over_hosts is not None:
-        yield "groups over hosts", one_copy(over_hosts.placement, num_gpus)
-    else:
+    if not task.keep_groups:
         with suppress(NoRoomError):
             alone = start_with_replicas(task.by_counts)
             alone = place_replicated(task.by_counts, alone, effort.part(_SHARE_START))
             yield f"{alone.found_by} by counts", alone.shares(num_gpus)
-    if not task.by_counts.rule.survive_hosts and not task.per_choice:  # else one copy is too few
-        one = _without_replicas(task, effort.part(_SHARE_START))
-        yield one.found_by, one.shares(num_gpus)
+    if not task.by_counts.rule.survive_hosts:  # else one copy is too few
+        for one in _without_replicas(task, effort):
+            yield one.found_by, one.shares(num_gpus)
+    if over_hosts is not None:
+        yield "groups over hosts", one_copy(over_hosts.placement, num_gpus)
     yield start.found_by, start.shares(num_gpus)
 
 
-def _without_replicas(task: SetCopiesTask, effort: Effort) -> LayerPlacement:
+def _without_replicas(task: SetCopiesTask, effort: Effort) -> Iterator[LayerPlacement]:
+    """Yield placements with one copy of each expert, for the same transfer."""
+    if task.per_choice:
+        return  # groups over hosts are that
     if task.groups is not None:
         start = start_with_groups(task.groups)
-        return place_with_groups(task.groups, start, effort, lambda better: None)
-    start = start_with_sets(task.with_sets)
-    return place_with_sets(task.with_sets, start, effort, lambda better: None)
+        within = effort.part(_SHARE_START)
+        yield place_with_groups(task.groups, start, within, lambda better: None)
+    if not task.keep_groups:
+        start = start_with_sets(task.with_sets)
+        within = effort.part(_SHARE_START)
+        yield place_with_sets(task.with_sets, start, within, lambda better: None)
 
 
 def _search(task: SetCopiesTask, shares: Shares, effort: Effort) -> CopySearch:

@@ -101,8 +101,7 @@ def replan(
         objective,
         transfer=plan.workload.transfer,
     )
-    if problem.sets is None:  # with token sets no replicas are planned
-        problem = _with_replicas(problem, plan)
+    problem = _with_replicas(problem, plan)
     before = _shares(plan, survivors)
     held = np.array([shares > 0 for shares in before])
     solution = solve_placement(

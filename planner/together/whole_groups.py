@@ -13,6 +13,7 @@ import numpy as np
 
 from epplan.errors import InfeasibleError
 from epplan.planner.cost import Placement
+from epplan.planner.objective import Objective
 from epplan.planner.placement.levels import (
     Effort,
     Found,
@@ -67,6 +68,11 @@ class GroupTask:
         size = self.rows.num_experts // self.groups
         room = np.bincount(self.host_of_gpu, weights=self.capacity)
         return room.astype(np.int64) // size
+
+    @property
+    def fit(self) -> bool:
+        """Whether hosts have room for all groups."""
+        return bool(self.room.sum() >= self.groups)
 
     def seconds(self, placement: Placement) -> float:
         """Return the cost of a placement, [experts]."""
@@ -140,7 +146,10 @@ def place_with_groups(
     if task.with_sets is not None:
         best = _improved(task, best, effort)
         sets = task.with_sets
-        bound_s = reach_bound(sets.layer, sets.island, sets.capacity, effort.deadline)
+        work_s = least_group_work(task, 0, effort.part(_SHARE_FREE))
+        bound_s = reach_bound(
+            sets.layer, sets.island, sets.capacity, effort.deadline, work_s=work_s
+        )
         return best.proven(bound_s)
     best = replace(best, free_bound_s=_free_bound(task, effort))
     best = best.proven(max(terms.floor_s, best.free_bound_s or 0.0))
@@ -165,6 +174,41 @@ def groups_for_copies(task: GroupTask, extra: int, effort: Effort, *, solved: bo
         effort: when to stop.
         solved: by the integer program; else the bound is that of single experts.
     """
+    terms = _copies_terms(task, extra)
+    _, hosts = best_start(terms, task.room, effort.seed, deadline=effort.deadline)
+    bound_s = terms.floor_s
+    if solved and effort.left_s:
+        with run_program(terms, task.room, hosts, effort) as found:
+            hosts, bound_s = found.placement, max(bound_s, found.bound_s)
+    return Found(placement=_filled(task, hosts, effort.deadline), bound_s=bound_s)
+
+
+def least_group_work(task: GroupTask, extra: int, effort: Effort) -> list[float]:
+    """Return what the experts' work lasts at least with whole groups on hosts, [windows].
+
+    Args:
+        task: the layer.
+        extra: copies of all experts on top of one each.
+        effort: when to stop.
+    """
+    found = []
+    for phase in _copies_terms(task, extra).phases:
+        if phase.is_compute:
+            alone = LayerTerms(
+                phases=(replace(phase, window=0, weight=1.0),),
+                constant_s=np.zeros(1),
+                objective=Objective(),
+            )
+            found.append(alone.floor_s)
+            _, hosts = best_start(alone, task.room, effort.seed, deadline=effort.deadline)
+            if effort.left_s:
+                with run_program(alone, task.room, hosts, effort) as program:
+                    found[-1] = max(found[-1], program.bound_s)
+    return found
+
+
+def _copies_terms(task: GroupTask, extra: int) -> LayerTerms:
+    """Return the layer over hosts with groups as items whose experts have copies."""
     gpus = np.bincount(task.host_of_gpu[task.capacity > 0]).max()
     copies = min(1 + extra, int(gpus))
     terms = _group_terms(task)
@@ -172,13 +216,7 @@ def groups_for_copies(task: GroupTask, extra: int, effort: Effort, *, solved: bo
         replace(phase, alone=phase.alone / copies) if len(phase.rows) else phase
         for phase in terms.phases
     ]
-    terms = replace(terms, phases=tuple(phases))
-    _, hosts = best_start(terms, task.room, effort.seed, deadline=effort.deadline)
-    bound_s = terms.floor_s
-    if solved and effort.left_s:
-        with run_program(terms, task.room, hosts, effort) as found:
-            hosts, bound_s = found.placement, max(bound_s, found.bound_s)
-    return Found(placement=_filled(task, hosts, effort.deadline), bound_s=bound_s)
+    return replace(terms, phases=tuple(phases))
 
 
 def _free_bound(task: GroupTask, effort: Effort) -> float:
