@@ -10,6 +10,11 @@ the busiest host over the mean host's, both first of experts in id order, then o
 over layers. `drawn-R` plans
 256 experts on R GPUs for token sets drawn from skewed counts, and judges by other draws of the same
 counts: what the plan gains only on its own draw is chance.
+
+`copies-R` and `copies-R-groups` (whole routing groups) plan 32 replicas of 256 experts on R GPUs
+for node-dedup, `trace-copies` 16 of the recorded trace's on 4 hosts of 4 GPUs. Beside the plan are
+the one without replicas and the replicas planned as if every choice travelled by itself, priced with
+the same token sets: `without_over_plan`, `by_choice_over_plan`, and judged as above.
 """
 
 import json
@@ -21,11 +26,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from epplan.planner.cost import Placement, evaluate_layer, one_copy
-from epplan.planner.model import AttentionSpec, ModelSpec
+from epplan.planner.cost import Placement, Shares, evaluate_layer, one_copy
+from epplan.planner.model import AttentionSpec, ModelSpec, RouterSpec
 from epplan.planner.placement.search import contiguous
 from epplan.planner.plan import TransferMode
-from epplan.planner.problem import Problem, make_problem
+from epplan.planner.problem import Problem, Replication, make_problem
 from epplan.planner.routing_trace import from_topk, read_json_lines
 from epplan.planner.solve import solve_placement
 from epplan.planner.token_sets import Ints
@@ -40,6 +45,10 @@ DRAWN: list[tuple[int, TransferMode]] = [
     (64, "direct"),
     (64, "node-dedup"),
 ]
+COPIES = [(32, 9, "lognormal:1", False), (64, 5, "lognormal:1,0.5", False)]
+COPIES += [(*case[:3], True) for case in COPIES]
+_REPLICAS = 32
+_TRACE_REPLICAS, _TRACE_HOSTS, _TRACE_GPUS = 16, 4, 4
 _LIMIT_S = 120.0
 _TOKENS = 4096  # a rank
 _DRAWS = 3
@@ -56,9 +65,15 @@ def main(routing: Path | None, only: str | None) -> None:
         for hosts in HOSTS:
             if only in (None, f"trace-{hosts}"):
                 _print({"case": f"trace-{hosts}", **_trace(routing, hosts)})
+        if only in (None, "trace-copies"):
+            _print({"case": "trace-copies", **_trace_copies(routing)})
     for ranks, transfer in DRAWN:
         if only in (None, f"drawn-{ranks}-{transfer}"):
             _print({"case": f"drawn-{ranks}-{transfer}", **_drawn(ranks, transfer)})
+    for ranks, per_gpu, load, whole in COPIES:
+        case = f"copies-{ranks}{'-groups' * whole}"
+        if only in (None, case):
+            _print({"case": case, **_drawn_copies(ranks, per_gpu, load, whole=whole)})
 
 
 def _print(line: dict[str, object]) -> None:
@@ -131,6 +146,11 @@ def _problem(
 
 
 def _solved(problem: Problem) -> tuple[dict[str, object], list[Placement]]:
+    found, layers = _solved_shares(problem)
+    return found, [shares.argmax(axis=1) for shares in layers]
+
+
+def _solved_shares(problem: Problem) -> tuple[dict[str, object], list[Shares]]:
     began = time.monotonic()
     solution = solve_placement(
         problem, gap=0.01, time_limit_s=_LIMIT_S, seed=0, progress=lambda line: None
@@ -143,14 +163,11 @@ def _solved(problem: Problem) -> tuple[dict[str, object], list[Placement]]:
         "gap": solution.gap,
         "seconds": time.monotonic() - began,
     }
-    return found, [layer.shares.argmax(axis=1) for layer in solution.layers]
+    return found, [layer.shares for layer in solution.layers]
 
 
 def _seconds(problem: Problem, placements: list[Placement]) -> float:
-    return sum(
-        evaluate_layer(problem, layer, one_copy(placement, problem.num_ranks)).seconds
-        for layer, placement in enumerate(placements)
-    )
+    return _price(problem, [one_copy(placement, problem.num_ranks) for placement in placements])
 
 
 def _reached(
@@ -189,6 +206,50 @@ def _drawn(ranks: int, transfer: TransferMode) -> dict[str, object]:
         "contiguous_over_plan_judged": float(np.mean(judged)),
         "per_choice_over_plan": _seconds(each, placements) / _seconds(problem, placements),
     }
+
+
+def _trace_copies(path: Path) -> dict[str, object]:
+    topk = _tokens(path)
+    ranks, experts = _TRACE_HOSTS * _TRACE_GPUS, int(topk.max()) + 1
+    model = _model(experts, topk.shape[2], topk.shape[0])
+    cluster = load_cluster(f"{_TRACE_HOSTS}x{_TRACE_GPUS}:h100,nic={_TRACE_GPUS}x400Gb/s")
+    per_gpu = (experts + _TRACE_REPLICAS) // ranks
+    planned, judged = (
+        _problem(cluster, model, _traffic(topk[:, half::2], experts, ranks), per_gpu, "node-dedup")
+        for half in range(2)
+    )
+    return _with_copies(planned, [judged], _TRACE_REPLICAS)
+
+
+def _drawn_copies(ranks: int, per_gpu: int, load: str, *, whole: bool) -> dict[str, object]:
+    model = _model(256, 8, 1).model_copy(update={"router": RouterSpec(groups=8, topk_groups=4)})
+    cluster = load_cluster(f"{ranks // 8}x8:h100,nic=8x400Gb/s")
+    counts = make_traffic(load, model, ranks, _TOKENS, 0)
+    problem = _problem(cluster, model, with_sets(counts, model, 0), per_gpu, "node-dedup")
+    problem = replace(problem, keep_groups=whole)
+    others = [replace(problem, sets=with_sets(counts, model, 1 + n).sets) for n in range(_DRAWS)]
+    return _with_copies(problem, others, _REPLICAS)
+
+
+def _with_copies(problem: Problem, judges: list[Problem], extra: int) -> dict[str, object]:
+    """Plan with replicas, without, and with those for choices that travel by themselves."""
+    both = replace(problem, replication=Replication(extra=extra))
+    by_choice = replace(both, sets=None, transfer="per-choice", keep_groups=False)
+    found, plan = _solved_shares(both)
+    others = {"without": _solved_shares(problem)[1], "by_choice": _solved_shares(by_choice)[1]}
+    ratios = {
+        f"{name}_over_plan{said}": float(
+            np.mean([_price(judge, shares) / _price(judge, plan) for judge in with_tokens])
+        )
+        for name, shares in others.items()
+        for said, with_tokens in (("", [problem]), ("_judged", judges))
+    }
+    copies = [np.count_nonzero(layer) - len(layer) for layer in plan]
+    return {**found, "replicas_used": float(np.mean(copies)), **ratios}
+
+
+def _price(problem: Problem, shares: list[Shares]) -> float:
+    return sum(evaluate_layer(problem, n, layer).seconds for n, layer in enumerate(shares))
 
 
 def _model(experts: int, top_k: int, layers: int) -> ModelSpec:

@@ -1,5 +1,6 @@
 """Replicas where it matters what tokens choose together, and within whole routing groups."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
@@ -184,7 +185,7 @@ def test_every_step_of_a_copy_prices_like_the_evaluator(
     changed_shares = state.shares.copy()
     changed_shares[expert] = after[1]
     assert along[1].seconds == pytest.approx(price(problem, changed_shares), rel=1e-9)
-    shared = share_out(state, 5.0)
+    shared = share_out(state, time.monotonic() + 5.0)
     assert shared.price.seconds <= state.price.seconds * (1 + 1e-9)
     assert ((shared.shares > 0) == (state.shares > 0)).all()
     assert shared.price.seconds == pytest.approx(price(problem, shared.shares), rel=1e-9)

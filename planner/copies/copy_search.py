@@ -1,6 +1,6 @@
 """Copies made, moved, swapped and given up while that helps, with their shares (`set_shares`)."""
 
-from collections.abc import Callable
+import time
 
 import numpy as np
 
@@ -16,8 +16,6 @@ _GIVEN_UP = 4  # copies that cost least to give up, each tried in exchange for a
 _SWAPS_A_KICK = 3
 _LEAST_GAIN = 1e-5  # of the seconds, by a round of everything
 
-IsOver = Callable[[], bool]
-
 
 class CopySearch:
     """Copies and shares of one layer under improvement.
@@ -25,15 +23,11 @@ class CopySearch:
     Args:
         state: to begin with.
         rules: where copies may be.
-        is_over: whether time is.
-        sharing_s: time limit of one linear program.
+        deadline: when to stop (time.monotonic).
     """
 
-    def __init__(
-        self, state: CopyState, rules: CopyRules, is_over: IsOver, sharing_s: float
-    ) -> None:
-        self.state, self._rules = state, rules
-        self._is_over, self._sharing_s = is_over, sharing_s
+    def __init__(self, state: CopyState, rules: CopyRules, deadline: float) -> None:
+        self.state, self._rules, self._deadline = state, rules, deadline
 
     def improve(self) -> None:
         """Swap, move, make copies and share out while any helps."""
@@ -42,7 +36,7 @@ class CopySearch:
             while not self._is_over() and self._add(self.state):
                 pass
             if not self._rules.equal_shares and not self._is_over():
-                self.state = share_out(self.state, self._sharing_s)
+                self.state = share_out(self.state, self._deadline)
             self._descend()
             if not self.state.price.seconds < before.seconds * (1 - _LEAST_GAIN):
                 break
@@ -69,6 +63,9 @@ class CopySearch:
             steps = CopySteps(self.state, self._rules, expert, gpu)
             if len(steps):
                 self.state.change(steps.after(int(random.integers(len(steps)))))
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._deadline
 
     def _descend(self) -> None:
         """Take the best step of one copy after another while any helps."""

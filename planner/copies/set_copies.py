@@ -43,7 +43,6 @@ from .replicas import (
 _SHARE_BOUND = 0.2  # of the time
 _SHARE_START = 0.2  # of the time left, for each placement to start from
 _SHARE_SEARCH = 0.4  # of the time left, for the search from it
-_SHARING_S = 10.0  # a linear program over the shares of given copies
 _KICKS = 20
 _SLOTS_PRECISION = 2e-3
 _IMPROVED = " + copies moved and shared"
@@ -225,12 +224,8 @@ def _without_replicas(task: SetCopiesTask, effort: Effort) -> Iterator[LayerPlac
 
 
 def _search(task: SetCopiesTask, shares: Shares, effort: Effort) -> CopySearch:
-    return CopySearch(
-        CopyState(task.with_sets.layer, shares),
-        task.rules(shares),
-        lambda: not effort.left_s,
-        min(_SHARING_S, effort.left_s),
-    )
+    state = CopyState(task.with_sets.layer, shares)
+    return CopySearch(state, task.rules(shares), effort.deadline)
 
 
 def _exchanged(

@@ -4,6 +4,8 @@ Rows are linear in the shares of one expert, not of all: a linear program from t
 shares are, within a step, priced exactly and taken if it helps; else the step is halved.
 """
 
+import time
+
 import numpy as np
 import pulp
 
@@ -17,19 +19,20 @@ from .shares import LEAST_SHARE
 
 _FIRST_STEP = 0.3  # of an expert's rows
 _LEAST_STEP = 0.01
+_SHARING_S = 10.0  # for one linear program
 _SAME = 1e-12  # seconds that are nothing, of the largest
 
 
-def share_out(state: CopyState, time_limit_s: float) -> CopyState:
+def share_out(state: CopyState, deadline: float) -> CopyState:
     """Return the copies with better shares, or as they are.
 
     Args:
         state: copies and shares.
-        time_limit_s: for one linear program.
+        deadline: when to stop (time.monotonic).
     """
     step = _FIRST_STEP
-    while step >= _LEAST_STEP:
-        shares = _within(state, step, time_limit_s)
+    while step >= _LEAST_STEP and (left_s := deadline - time.monotonic()) > 0:
+        shares = _within(state, step, min(_SHARING_S, left_s))
         if shares is None:
             return state
         changed = np.flatnonzero((shares != state.shares).any(axis=1)).tolist()
