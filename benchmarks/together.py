@@ -13,8 +13,8 @@ counts: what the plan gains only on its own draw is chance.
 
 `copies-R` and `copies-R-groups` (whole routing groups) plan 32 replicas of 256 experts on R GPUs
 for node-dedup, `trace-copies` 16 of the recorded trace's on 4 hosts of 4 GPUs. Beside the plan are
-the one without replicas and the replicas planned as if every choice travelled by itself, priced with
-the same token sets: `without_over_plan`, `by_choice_over_plan`, and judged as above.
+the one without replicas and the replicas planned as if every choice travelled by itself, priced
+with the same token sets: `without_over_plan`, `by_choice_over_plan`, and judged as above.
 """
 
 import json

@@ -84,6 +84,42 @@ def test_solve_for_a_transfer_says_what_it_assumed(tmp_path: Path, transfer: str
     assert f"with transfer {transfer}" in " ".join(shown.stdout.replace("│", "").split())
 
 
+def test_replicas_with_token_sets_and_whole_groups(tmp_path: Path) -> None:
+    done = epplan(
+        *("solve", "--topology", "2x2:h100,nic=2x400Gb/s", "--model", "deepseek-v3"),
+        *("--experts", "16", "--layers", "4", "--experts-per-gpu", "6", "--load", "zipf"),
+        *("--replicas", "4", "--keep-groups", "--transfer", "node-dedup"),
+        *("--gap", "0.01", "--time-limit", "2", "--json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode in (0, 4), done.stderr
+    result = json.loads(done.stdout)
+    assert 0 < result["bound_s"] <= result["objective_s"]
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["workload"]["transfer"] == "node-dedup"
+    assert plan["workload"]["keep_groups"]
+    slots = plan["expert_of_slot"][0]
+    assert 16 < sum(expert is not None for expert in slots) <= 20
+    hosts: dict[int, set[int]] = {}
+    for slot, expert in enumerate(slots):
+        if expert is not None:
+            hosts.setdefault(expert // 2, set()).add(slot // (2 * plan["slots_per_rank"]))
+    assert all(len(of_group) == 1 for of_group in hosts.values())
+    shown = " ".join(epplan("explain", "plan.json", cwd=tmp_path).stdout.replace("│", "").split())
+    assert "4 replicas or fewer of any experts" in shown
+    assert "whole routing groups with all their copies on a host" in shown
+    assert "goes to one of its expert's copies at random" in shown
+    again = epplan(
+        *("replan", "plan.json", "--without", "host2", "--experts-per-gpu", "10"),
+        *("--time-limit", "2", "-o", "next.json", "--json"),
+        cwd=tmp_path,
+    )
+    assert again.returncode in (0, 4), again.stderr
+    scope = json.loads((tmp_path / "next.json").read_text())["certificate"]["scope"]
+    assert "replicas or fewer" in scope
+    assert scope.endswith("with transfer node-dedup")
+
+
 def test_topo_show_contract(tmp_path: Path) -> None:
     done = epplan("topo", "show", "hgx-h100-4nic-4", "--json", cwd=tmp_path)
     result = json.loads(done.stdout)
