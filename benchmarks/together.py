@@ -50,6 +50,7 @@ COPIES += [(*case[:3], True) for case in COPIES]
 _REPLICAS = 32
 _TRACE_REPLICAS, _TRACE_HOSTS, _TRACE_GPUS = 16, 4, 4
 _LIMIT_S = 120.0
+_COPIES_LIMIT_S = 60.0
 _TOKENS = 4096  # a rank
 _DRAWS = 3
 
@@ -150,10 +151,12 @@ def _solved(problem: Problem) -> tuple[dict[str, object], list[Placement]]:
     return found, [shares.argmax(axis=1) for shares in layers]
 
 
-def _solved_shares(problem: Problem) -> tuple[dict[str, object], list[Shares]]:
+def _solved_shares(
+    problem: Problem, limit_s: float = _LIMIT_S
+) -> tuple[dict[str, object], list[Shares]]:
     began = time.monotonic()
     solution = solve_placement(
-        problem, gap=0.01, time_limit_s=_LIMIT_S, seed=0, progress=lambda line: None
+        problem, gap=0.01, time_limit_s=limit_s, seed=0, progress=lambda line: None
     )
     found: dict[str, object] = {
         "transfer": problem.transfer,
@@ -235,8 +238,11 @@ def _with_copies(problem: Problem, judges: list[Problem], extra: int) -> dict[st
     """Plan with replicas, without, and with those for choices that travel by themselves."""
     both = replace(problem, replication=Replication(extra=extra))
     by_choice = replace(both, sets=None, transfer="per-choice", keep_groups=False)
-    found, plan = _solved_shares(both)
-    others = {"without": _solved_shares(problem)[1], "by_choice": _solved_shares(by_choice)[1]}
+    found, plan = _solved_shares(both, _COPIES_LIMIT_S)
+    others = {
+        "without": _solved_shares(problem, _COPIES_LIMIT_S)[1],
+        "by_choice": _solved_shares(by_choice, _COPIES_LIMIT_S)[1],
+    }
     ratios = {
         f"{name}_over_plan{said}": float(
             np.mean([_price(judge, shares) / _price(judge, plan) for judge in with_tokens])

@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 from epplan.planner.cost import Floats, Shares
+from epplan.planner.placement.rows import Ints
 
 from .copy_state import CopyState, Price
 from .copy_steps import CopyRules, CopySteps, is_better
@@ -12,6 +13,8 @@ from .set_shares import share_out
 
 _HOT = 6  # experts that load a phase's worst row most: one of them may get one more copy
 _PARTS = (1.0, 0.5)  # of an even share, for a copy more
+_LOOKED_AT = 6  # copies more that are priced with the room they need
+_LIGHTEST = 3  # copies on a full GPU, one of which may make room
 _GIVEN_UP = 4  # copies that cost least to give up, each tried in exchange for another
 _SWAPS_A_KICK = 3
 _LEAST_GAIN = 1e-5  # of the seconds, by a round of everything
@@ -33,8 +36,8 @@ class CopySearch:
         """Swap, move, make copies and share out while any helps."""
         while not self._is_over():
             before = self.state.price
-            while not self._is_over() and self._add(self.state):
-                pass
+            while not self._is_over() and (more := self._added(self.state)) is not None:
+                self.state = more
             if not self._rules.equal_shares and not self._is_over():
                 self.state = share_out(self.state, self._deadline)
             self._descend()
@@ -49,7 +52,7 @@ class CopySearch:
                 break
             tried = self.state.copy()
             tried.change({expert: shares})
-            self._add(tried)
+            tried = self._added(tried) or tried
             if is_better(tried.price, self.state.price):
                 self.state = tried
                 return True
@@ -82,32 +85,60 @@ class CopySearch:
                     self.state.change(changed)
                     improved = True
 
-    def _add(self, state: CopyState) -> bool:
-        """Make the copy that helps most, if one does and may be made."""
+    def _added(self, state: CopyState) -> CopyState | None:
+        """Return it with the copy more that helps most, if one does and may be made."""
         if state.held.sum() >= self._rules.most_copies:
-            return False
-        best: tuple[Price, int, Floats] | None = None
+            return None
+        found = []
         for expert in _hot(state):
-            after = self._one_more(state, expert)
-            for price, shares in zip(state.along(expert, after), after, strict=True):
-                if best is None or is_better(price, best[0]):
-                    best = price, expert, shares
-        if best is None or not is_better(best[0], state.price):
-            return False
-        state.change({best[1]: best[2]})
-        return True
+            gpus, after = self._one_more(state, expert)
+            prices = state.along(expert, after)
+            found += list(zip(prices, [expert] * len(gpus), gpus.tolist(), after, strict=True))
+        helping = [one for one in found if is_better(one[0], state.price)]
+        for _, expert, gpu, shares in sorted(helping, key=lambda one: one[0])[:_LOOKED_AT]:
+            tried = self._with_room(state, gpu)
+            if tried is not None:
+                tried.change({expert: shares})
+                if is_better(tried.price, state.price):
+                    return tried
+        return None
 
-    def _one_more(self, state: CopyState, expert: int) -> Shares:
-        """Return the expert's shares with one more copy in every free slot, [n, gpus]."""
+    def _one_more(self, state: CopyState, expert: int) -> tuple[Ints, Shares]:
+        """Return GPUs for one more copy of the expert, [n], and its shares then, [n, gpus]."""
         own, rules = state.shares[expert], self._rules
-        free = np.flatnonzero((state.held < rules.capacity) & (own == 0) & rules.allowed[expert])
+        gpus = np.flatnonzero((own == 0) & rules.allowed[expert] & (rules.capacity > 0))
         even = 1.0 / (np.count_nonzero(own) + 1)
         found = []
         for part in _PARTS[:1] if rules.equal_shares else _PARTS:
-            after = np.repeat((1.0 - part * even) * own[None], len(free), axis=0)
-            after[np.arange(len(free)), free] = part * even
+            after = np.repeat((1.0 - part * even) * own[None], len(gpus), axis=0)
+            after[np.arange(len(gpus)), gpus] = part * even
             found.append(after)
-        return np.concatenate(found)
+        return np.tile(gpus, len(found)), np.concatenate(found)
+
+    def _with_room(self, state: CopyState, gpu: int) -> CopyState | None:
+        """Return it with a free slot on a GPU, for which a light copy goes where it costs least."""
+        rules = self._rules
+        free = state.held < rules.capacity
+        other = state.copy()
+        if free[gpu]:
+            return other
+        load = state.layer.counts.sum(axis=(0, 1)) * state.shares[:, gpu]
+        light = np.flatnonzero(load)
+        best: tuple[Price, int, Floats] | None = None
+        for expert in light[np.argsort(load[light], kind="stable")][:_LIGHTEST].tolist():
+            own = state.shares[expert]
+            there = np.flatnonzero(free & (own == 0) & rules.allowed[expert])
+            after = np.repeat(own[None], len(there), axis=0)
+            after[np.arange(len(there)), there] = own[gpu]
+            after[:, gpu] = 0.0
+            after = after[[rules.on_hosts(shares) for shares in after]]
+            for price, shares in zip(state.along(expert, after), after, strict=True):
+                if best is None or price < best[0]:
+                    best = price, expert, shares
+        if best is None:
+            return None
+        other.change({best[1]: best[2]})
+        return other
 
     def _drops(self) -> list[tuple[Price, int, Floats]]:
         """Return price, expert and shares of every copy less, the cheapest first."""

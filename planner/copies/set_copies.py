@@ -10,13 +10,14 @@ alike; so a copy on another host spreads tokens over more hosts, and one on the 
 Where whole routing groups are kept, all copies of an expert are on its group's host.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from epplan.planner.cost import Shares, one_copy
+from epplan.planner.cost import Shares
 from epplan.planner.placement.levels import Effort, Found, LayerPlacement, Report
 from epplan.planner.placement.search import NoRoomError
 from epplan.planner.together.set_bound import reach_bound
@@ -33,6 +34,7 @@ from .balance_bound import least_maximum
 from .copy_search import CopySearch
 from .copy_state import CopyState
 from .copy_steps import CopyRules
+from .group_copies import copies_in_hosts
 from .replicas import (
     ReplicatedTask,
     bound_with_replicas,
@@ -93,15 +95,17 @@ def start_with_set_copies(task: SetCopiesTask) -> LayerPlacement:
     Raises:
         NoRoomError: there is none on these GPUs.
     """
+    layer = task.with_sets.layer
     if task.keep_groups:
-        assert task.groups is not None  # `check_groups`
-        start = start_with_groups(task.groups)
+        now = Effort(gap=1.0, deadline=time.monotonic(), seed=0)
+        found_by, over_hosts = "groups over hosts", _over_hosts(task, now)
+        assert over_hosts is not None  # `check_groups`
+        shares = _in_hosts(task, over_hosts)
     else:
         start = start_with_replicas(task.by_counts)
-    layer = task.with_sets.layer
-    shares = start.shares(len(task.by_counts.capacity))
+        found_by, shares = start.found_by, start.shares(len(task.by_counts.capacity))
     floor_s = layer.floor_with_copies(task.most_copies)
-    return _placed(shares, layer.seconds_of_shares(shares), floor_s, start.found_by)
+    return _placed(shares, layer.seconds_of_shares(shares), floor_s, found_by)
 
 
 def place_set_copies(
@@ -115,8 +119,11 @@ def place_set_copies(
         effort: when to stop.
         report: takes what is better on the way, for who ends this by Ctrl-C.
     """
+    best = start
+    if not effort.left_s:
+        return best
     over_hosts = _over_hosts(task, effort.part(_SHARE_BOUND))
-    best = _proven(task, start, over_hosts, effort.part(_SHARE_BOUND))
+    best = _proven(task, best, over_hosts, effort.part(_SHARE_BOUND))
     report(best)
     for name, shares in _starts(task, start, over_hosts, effort):
         if best.is_done(effort.gap) or not effort.left_s:
@@ -205,8 +212,15 @@ def _starts(
         for one in _without_replicas(task, effort):
             yield one.found_by, one.shares(num_gpus)
     if over_hosts is not None:
-        yield "groups over hosts", one_copy(over_hosts.placement, num_gpus)
+        yield "groups over hosts", _in_hosts(task, over_hosts)
     yield start.found_by, start.shares(num_gpus)
+
+
+def _in_hosts(task: SetCopiesTask, over_hosts: Found) -> Shares:
+    """Return copies that stay on the hosts of groups."""
+    of = task.by_counts
+    host_of_expert = of.host_of_gpu[over_hosts.placement]
+    return copies_in_hosts(of.load, host_of_expert, of.host_of_gpu, of.capacity, of.rule.extra)
 
 
 def _without_replicas(task: SetCopiesTask, effort: Effort) -> Iterator[LayerPlacement]:
