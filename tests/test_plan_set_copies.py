@@ -11,17 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.errors import InputError
-from epplan.planner.assemble import assemble_plan
+from epplan.planner.copies.copy_search import CopySearch
 from epplan.planner.copies.copy_state import CopyState
 from epplan.planner.copies.copy_steps import CopyRules, CopySteps
+from epplan.planner.copies.group_copies import copies_in_hosts
 from epplan.planner.copies.set_shares import share_out
 from epplan.planner.cost import Shares, evaluate_layer, rows_sent
 from epplan.planner.forwarding import entry_ranks
 from epplan.planner.plan import TransferMode
 from epplan.planner.problem import Problem, Replication
 from epplan.planner.routing_trace import from_topk
-from epplan.planner.simulate.copies import Choices
-from epplan.planner.simulate.transfers import make_library, transfer_profile
 from epplan.planner.solve import Solution, solve_placement
 from epplan.planner.together.pair_bound import (
     Reach,
@@ -33,7 +32,13 @@ from epplan.planner.together.pair_bound import (
 )
 from epplan.planner.together.set_rows import SetRowBuilder
 from tests.tiny import tiny_cluster
-from tests.tokens import random_tokens, token_problem, token_traffic
+from tests.tokens import (
+    random_tokens,
+    simulated_transfers,
+    token_plan,
+    token_problem,
+    token_traffic,
+)
 
 SET_MODES: list[TransferMode] = ["direct", "node-dedup"]
 CLUSTERS = {
@@ -310,6 +315,46 @@ def test_a_copy_of_the_hot_expert_takes_half_of_it_where_compute_binds() -> None
     assert first.layers[0].shares.tobytes() == second.layers[0].shares.tobytes()
 
 
+def test_a_light_copy_makes_room_where_one_of_the_hot_expert_helps() -> None:
+    topk = random_tokens(0, 2, 4, top_k=1, tokens=40)
+    topk[..., 0] = np.where(np.arange(40) < 28, 0, 1 + topk[..., 0] % 3)
+    problem = with_tokens(token_problem(topk, 4, tiny_cluster((2,)), "direct", ffn=65536), 1000.0)
+    rules = CopyRules(
+        allowed=np.ones((4, 2), dtype=bool),
+        capacity=np.full(2, 3),
+        most_copies=5,
+        host_of_gpu=problem.host_of_gpu,
+        least_hosts=1,
+        equal_shares=False,
+    )
+    alone = np.eye(2)[[0, 1, 1, 1]]  # no slot is free but beside the hot expert
+    state = CopyState(SetRowBuilder(problem).layer(0), alone)
+    search = CopySearch(state, rules, time.monotonic() + 20.0)
+    more = search._added(state)
+    assert more is not None
+    assert (more.shares[0] > 0).all()
+    assert more.held.tolist() == [2, 3]
+    assert more.price.seconds == pytest.approx(price(problem, more.shares), rel=1e-9)
+    search.improve()
+    work = problem.counts[0, 0].sum(axis=0) @ search.state.shares
+    assert work == pytest.approx(work.mean(), rel=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), extra=st.integers(0, 12))
+def test_copies_stay_on_the_hosts_of_their_groups(seed: int, extra: int) -> None:
+    random = np.random.default_rng(seed)
+    hosts, capacity = np.array([0, 0, 0, 1, 1]), np.array([3, 2, 3, 4, 3])
+    host_of_expert = random.permutation(np.repeat([0, 1], [6, 5]))
+    load = np.ceil(random.lognormal(4.0, 1.5, 11))
+    shares = copies_in_hosts(load, host_of_expert, hosts, capacity, extra)
+    held = shares > 0
+    assert shares.sum(axis=1) == pytest.approx(1.0)
+    assert (held.sum(axis=0) <= capacity).all()
+    assert held.sum() <= 11 + extra
+    assert (hosts[np.nonzero(held)[1]] == host_of_expert[np.nonzero(held)[0]]).all()
+
+
 def test_whole_groups_that_survive_their_host_are_refused() -> None:
     rule = Replication(extra=4, survive_hosts=1)
     with pytest.raises(InputError) as caught:
@@ -331,17 +376,7 @@ def test_the_plan_says_what_is_priced_and_the_simulator_prices_the_same(
     )
     problem = with_tokens(problem, 1000.0)
     solution = solve(problem, limit_s=2.0)
-    plan = assemble_plan(
-        cluster=cluster,
-        problem=problem,
-        traffic=token_traffic(topk, 8),
-        solution=solution,
-        topology_source="tiny",
-        model_source="tiny",
-        seed=0,
-        command="epplan solve",
-        reasons=[],
-    )
+    plan = token_plan(problem, token_traffic(topk, 8), solution, cluster)
     assert plan.share_of_slot is not None
     assert plan.workload.keep_groups
     assert plan.certificate.scope == (
@@ -352,16 +387,5 @@ def test_the_plan_says_what_is_priced_and_the_simulator_prices_the_same(
     said = " ".join(plan.assumptions)
     assert "each of a token's choices goes to one of its expert's copies at random" in said
     priced = solution.layers[0].evaluation.worst
-    dtype = problem.model.dtype
-    profile = transfer_profile("plan").for_plan(mode)
-    library = make_library(profile, problem.routes, problem.model.hidden_size, dtype, dtype)
-    assert problem.sets is not None
-    of = Choices(
-        model=problem.model,
-        counts=problem.counts[0, 0],
-        shares=solution.layers[0].shares,
-        island=problem.routes.island,
-        sets=problem.sets[0][0],
-    )
-    assert library.dispatch(of).seconds == pytest.approx(priced.dispatch.seconds, rel=1e-12)
-    assert library.combine(of).seconds == pytest.approx(priced.combine.seconds, rel=1e-12)
+    simulated = simulated_transfers(problem, solution.layers[0].shares)
+    assert simulated == pytest.approx((priced.dispatch.seconds, priced.combine.seconds), rel=1e-12)

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epplan.errors import InfeasibleError, InputError
-from epplan.planner.assemble import assemble_plan
 from epplan.planner.cost import evaluate_layer, one_copy, rows_sent
 from epplan.planner.forwarding import entry_ranks, path_latency, through_islands
 from epplan.planner.objective import Objective
@@ -17,14 +16,19 @@ from epplan.planner.placement.levels import LayerPlacement
 from epplan.planner.plan import TransferMode
 from epplan.planner.problem import Problem, make_problem
 from epplan.planner.routing_trace import from_topk
-from epplan.planner.simulate.copies import Choices
-from epplan.planner.simulate.transfers import make_library, transfer_profile
 from epplan.planner.solve import Solution, solve_placement
 from epplan.planner.together.pair_bound import Reach, coactivation, most_at_home, most_pairs
 from epplan.planner.together.set_rows import SetRowBuilder
 from epplan.planner.together.set_search import SetSearch
 from tests.tiny import all_placements, price, tiny_cluster
-from tests.tokens import random_tokens, token_model, token_problem, token_traffic
+from tests.tokens import (
+    random_tokens,
+    simulated_transfers,
+    token_model,
+    token_plan,
+    token_problem,
+    token_traffic,
+)
 
 CLUSTERS = {
     "two hosts": tiny_cluster((2, 2)),
@@ -270,33 +274,12 @@ def test_the_plan_names_its_transfer_and_the_simulator_prices_the_same(mode: Tra
     cluster, topk = tiny_cluster((2, 2)), random_tokens(5, 4, 8, top_k=3)
     problem, traffic = token_problem(topk, 8, cluster, mode), token_traffic(topk, 8)
     solution = solve(problem, gap=1.0)
-    plan = assemble_plan(
-        cluster=cluster,
-        problem=problem,
-        traffic=traffic,
-        solution=solution,
-        topology_source="tiny",
-        model_source="tiny",
-        seed=0,
-        command="epplan solve",
-        reasons=[],
-    )
+    plan = token_plan(problem, traffic, solution, cluster)
     assert plan.workload.transfer == mode
     assert plan.certificate.scope.endswith(f"with transfer {mode}")
     priced = solution.layers[0].evaluation.worst
-    dtype = problem.model.dtype
-    profile = transfer_profile("plan").for_plan(mode)
-    library = make_library(profile, problem.routes, problem.model.hidden_size, dtype, dtype)
-    assert problem.sets is not None
-    of = Choices(
-        model=problem.model,
-        counts=problem.counts[0, 0],
-        shares=solution.layers[0].shares,
-        island=problem.routes.island,
-        sets=problem.sets[0][0],
-    )
-    assert library.dispatch(of).seconds == pytest.approx(priced.dispatch.seconds, rel=1e-12)
-    assert library.combine(of).seconds == pytest.approx(priced.combine.seconds, rel=1e-12)
+    simulated = simulated_transfers(problem, solution.layers[0].shares)
+    assert simulated == pytest.approx((priced.dispatch.seconds, priced.combine.seconds), rel=1e-12)
 
 
 @pytest.mark.parametrize("mode", SET_MODES)

@@ -2,11 +2,16 @@
 
 import numpy as np
 
+from epplan.planner.assemble import assemble_plan
+from epplan.planner.cost import Shares
 from epplan.planner.model import ModelSpec, RouterSpec
 from epplan.planner.objective import Objective
-from epplan.planner.plan import TransferMode
+from epplan.planner.plan import Plan, TransferMode
 from epplan.planner.problem import Problem, Replication, make_problem
 from epplan.planner.routing_trace import from_topk
+from epplan.planner.simulate.copies import Choices
+from epplan.planner.simulate.transfers import make_library, transfer_profile
+from epplan.planner.solve import Solution
 from epplan.planner.token_sets import Ints
 from epplan.planner.traffic import Traffic
 from epplan.topologies.graph import Cluster
@@ -70,3 +75,34 @@ def token_problem(
         transfer=transfer,
         keep_groups=groups > 1,
     )
+
+
+def token_plan(problem: Problem, traffic: Traffic, solution: Solution, cluster: Cluster) -> Plan:
+    """Return the plan of a solution."""
+    return assemble_plan(
+        cluster=cluster,
+        problem=problem,
+        traffic=traffic,
+        solution=solution,
+        topology_source="tiny",
+        model_source="tiny",
+        seed=0,
+        command="epplan solve",
+        reasons=[],
+    )
+
+
+def simulated_transfers(problem: Problem, shares: Shares) -> tuple[float, float]:
+    """Return the simulator's seconds of dispatch and combine for the first layer's shares."""
+    assert problem.sets is not None
+    dtype = problem.model.dtype
+    profile = transfer_profile("plan").for_plan(problem.transfer)
+    library = make_library(profile, problem.routes, problem.model.hidden_size, dtype, dtype)
+    of = Choices(
+        model=problem.model,
+        counts=problem.counts[0, 0],
+        shares=shares,
+        island=problem.routes.island,
+        sets=problem.sets[0][0],
+    )
+    return library.dispatch(of).seconds, library.combine(of).seconds
