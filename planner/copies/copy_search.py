@@ -36,14 +36,18 @@ class CopySearch:
         """Swap, move, make copies and share out while any helps."""
         while not self._is_over():
             before = self.state.price
-            while not self._is_over() and (more := self._added(self.state)) is not None:
-                self.state = more
-            if not self._rules.equal_shares and not self._is_over():
-                self.state = share_out(self.state, self._deadline)
+            self.fill()
             self._descend()
             if not self.state.price.seconds < before.seconds * (1 - _LEAST_GAIN):
                 break
         self.state.restart(self.state.shares)
+
+    def fill(self) -> None:
+        """Make copies while that helps, and share out."""
+        while not self._is_over() and (more := self._added(self.state)) is not None:
+            self.state = more
+        if not self._rules.equal_shares:
+            self.state = share_out(self.state, self._deadline)
 
     def exchange(self) -> bool:
         """Give one copy up and make another one, if some such exchange helps."""

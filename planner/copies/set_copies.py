@@ -44,7 +44,8 @@ from .replicas import (
 
 _SHARE_BOUND = 0.2  # of the time
 _SHARE_START = 0.2  # of the time left, for each placement to start from
-_SHARE_SEARCH = 0.4  # of the time left, for the search from it
+_SHARE_SEARCH = 0.5  # of the time left, for the search from it
+_NEAR = 1.1  # of the best: further away, swaps and moves are not tried
 _KICKS = 20
 _SLOTS_PRECISION = 2e-3
 _IMPROVED = " + copies moved and shared"
@@ -130,7 +131,9 @@ def place_set_copies(
             break
         search = _search(task, shares, effort.part(_SHARE_SEARCH))
         best = _offered(best, search.state, name)
-        search.improve()
+        search.fill()
+        if search.state.price.seconds <= _NEAR * best.seconds:
+            search.improve()
         best = _offered(best, search.state, f"{name}{_IMPROVED}")
         report(best)
     if not best.is_done(effort.gap) and effort.left_s:
