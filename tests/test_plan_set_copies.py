@@ -259,7 +259,11 @@ def test_groups_with_copies_against_all_layouts(mode: TransferMode) -> None:
     assert keeps_groups(problem, solution.layers[0].shares > 0)
     assert solution.bound_s <= best * (1 + 1e-9)
     assert best * (1 - 1e-9) <= solution.objective_s <= best * (1 + 1e-3)
-    assert (solution.layers[0].free_bound_s is not None) == (mode == "per-choice")
+    free_s = solution.layers[0].free_bound_s
+    assert (free_s is not None) == (mode == "per-choice")
+    if free_s is not None:
+        anywhere = brute_force(replace(problem, keep_groups=False), [0.5])
+        assert free_s <= anywhere * (1 + 1e-9)
 
 
 @settings(max_examples=12, deadline=None)

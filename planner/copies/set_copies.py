@@ -1,9 +1,9 @@
 """One layer with replicas where it matters which experts tokens choose together, or whole groups.
 
     1 bound    least reach (`set_bound`), single experts by their copies, slots (`balance_bound`)
-    2 start    the placement without replicas for the same transfer, with copies made where they
-               help; and the copies planned as if every choice travelled by itself
-    3 search   swaps and moves of copies, copies more and less, shares (`copy_search`)
+    2 start    the copies planned as if every choice travelled by itself; placements without
+               replicas for the same transfer; copies on the hosts of whole groups
+    3 search   copies more and less, swaps and moves of copies, shares (`copy_search`)
 
 A token's choice goes to one of its expert's copies at random by their shares, from every source
 alike; so a copy on another host spreads tokens over more hosts, and one on the same host does not.
@@ -170,8 +170,8 @@ def _proven(
     best = start.proven(bound_s)
     if task.per_choice:
         assert over_hosts is not None  # without groups `replicas` plans choices by themselves
-        best = best.proven(bound_with_replicas(task.by_counts, effort))
-        best = replace(best, free_bound_s=best.bound_s).proven(over_hosts.bound_s)
+        free_s = min(bound_with_replicas(task.by_counts, effort), best.seconds)
+        best = replace(best.proven(free_s), free_bound_s=free_s).proven(over_hosts.bound_s)
     return best
 
 
@@ -181,7 +181,6 @@ def _least_work(task: SetCopiesTask, effort: Effort) -> list[float]:
     Light experts fill slots (`balance_bound`), and whole groups hosts.
     """
     found, capacity = [], task.with_sets.capacity
-    extra = task.by_counts.rule.extra
     for phase in task.with_sets.layer.others:
         if phase.is_compute:
             amount = phase.own_rows()
@@ -197,7 +196,7 @@ def _least_work(task: SetCopiesTask, effort: Effort) -> list[float]:
             found.append(by_slots)
     if task.keep_groups:
         assert task.groups is not None
-        by_groups = least_group_work(task.groups, extra, effort)
+        by_groups = least_group_work(task.groups, task.by_counts.rule.extra, effort)
         found = [max(pair) for pair in zip(found, by_groups, strict=True)]
     return found
 
