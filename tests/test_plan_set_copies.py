@@ -47,7 +47,7 @@ CLUSTERS = {
 }
 
 
-def solve(problem: Problem, limit_s: float = 3.0, gap: float = 0.0) -> Solution:
+def solve(problem: Problem, limit_s: float = 2.0, gap: float = 0.0) -> Solution:
     return solve_placement(
         problem, gap=gap, time_limit_s=limit_s, seed=0, progress=lambda line: None
     )
@@ -137,7 +137,7 @@ def test_expected_rows_are_those_of_all_draws(seed: int, gpus: tuple[int, ...]) 
     assert rows_sent(problems["node-dedup"], 0, 0, shares) == pytest.approx(dedup)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     gpus=st.sampled_from([(2, 2), (3, 1), (1, 1, 2)]),
@@ -239,7 +239,7 @@ def test_bound_and_plan_against_all_layouts(
     topk = random_tokens(len(name) + ffn, 3, 4, tokens=20)
     rule = Replication(extra=1, equal_shares=equal)
     problem = token_problem(topk, 4, CLUSTERS[name], mode, ffn=ffn, replication=rule)
-    best = brute_force(problem, [0.5] if equal else [0.1, 0.3, 0.5, 0.7, 0.9])
+    best = brute_force(problem, [0.5] if equal else [0.2, 0.5, 0.8])
     solution = solve(problem)
     assert solution.bound_s <= best * (1 + 1e-9)
     assert solution.objective_s <= best * (1 + 1e-3)
@@ -266,7 +266,7 @@ def test_groups_with_copies_against_all_layouts(mode: TransferMode) -> None:
         assert free_s <= anywhere * (1 + 1e-9)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     gpus=st.sampled_from([(2, 2), (2, 1, 1)]),
@@ -293,7 +293,7 @@ def test_layouts_keep_all_rules_above_the_bound(
         replication=rule,
         ffn=1024,
     )
-    solution = solve(problem, limit_s=0.5)
+    solution = solve(problem, limit_s=0.3)
     shares = solution.layers[0].shares
     assert shares.sum(axis=1) == pytest.approx(1.0)
     held = shares > 0
