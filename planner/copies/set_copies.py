@@ -35,12 +35,8 @@ from .copy_search import CopySearch
 from .copy_state import CopyState
 from .copy_steps import CopyRules
 from .group_copies import copies_in_hosts
-from .replicas import (
-    ReplicatedTask,
-    bound_with_replicas,
-    place_replicated,
-    start_with_replicas,
-)
+from .replicas import bound_with_replicas, place_replicated, start_with_replicas
+from .task import ReplicatedTask
 
 _SHARE_BOUND = 0.2  # of the time
 _SHARE_START = 0.2  # of the time left, for each placement to start from
