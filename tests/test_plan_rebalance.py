@@ -114,6 +114,7 @@ def test_free_shares_are_not_worse_than_equal_ones_where_hot_experts_limit() -> 
     assert (free >= equal * (1 - 1e-9)).all()
 
 
+@pytest.mark.slow
 def test_zipf_cannot_be_balanced_better_than_it_is() -> None:
     """Few copies: each further GPU of a hot expert fills its other slots with light ones."""
     load = 1 / np.arange(1, 257)

@@ -86,7 +86,7 @@ def test_bound_holds_and_the_plan_is_near_the_optimum(
     assert solution.layers[0].evaluation.seconds == pytest.approx(solution.objective_s)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     gpus=st.sampled_from([(2, 2), (3, 1), (2, 2, 2), (4,)]),

@@ -82,10 +82,10 @@ SHALLOW = REFERENCE.with_overrides(layers=2)
         (SHALLOW, 1, 0),
         (SHALLOW, 2, 9),
         (MIXTRAL, 1, 0),  # 8 experts on 16 ranks: half of the slots are empty
-        (MIXTRAL, 1, 6),
-        (QWEN, 1, 0),
+        pytest.param(MIXTRAL, 1, 6, marks=pytest.mark.slow),
+        pytest.param(QWEN, 1, 0, marks=pytest.mark.slow),
         (QWEN, 3, 32),
-        (DEEPSEEK, 3, 0),  # 32 experts in 48 slots, other ones in each layer
+        pytest.param(DEEPSEEK, 3, 0, marks=pytest.mark.slow),  # 32 experts in 48 slots
         (DEEPSEEK, 3, 12),
     ],
     ids=lambda value: getattr(value, "name", None),
