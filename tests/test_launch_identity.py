@@ -2,10 +2,15 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -165,17 +170,42 @@ def test_one_rank_elsewhere_stops_all_with_one_table(tmp_path: Path) -> None:
     ]
 
 
-def test_answers_from_before_a_restart_do_not_count(tmp_path: Path) -> None:
-    port = free_port()
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as an agent's
-    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)}
-    codes = []
-    for restarts, host in enumerate(["b", "c", "b"]):
-        count = {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
-        ended = launch(tmp_path, ["a", "a", host], **agent, **count)
-        codes.append({code for code, _ in ended})
-    assert codes == [{0}, {2}, {0}]
+@contextlib.contextmanager
+def agents_store() -> Iterator[int]:
+    """Serve a store as torchrun's agent does, and return its port.
+
+    In a process of its own: ranks forked beside its busy thread could find a lock held for ever.
+    """
+    context, port = multiprocessing.get_context("fork"), free_port()
+    is_up = context.Event()
+    server = context.Process(target=serve_store, args=(port, is_up), daemon=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        server.start()
+    try:
+        assert is_up.wait(30)
+        yield port
+    finally:
+        server.kill()
+        server.join()
+
+
+def serve_store(port: int, is_up: Event) -> None:
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    is_up.set()
+    signal.pause()
     del store
+
+
+def test_answers_from_before_a_restart_do_not_count(tmp_path: Path) -> None:
+    codes = []
+    with agents_store() as port:
+        agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)}
+        for restarts, host in enumerate(["b", "c", "b"]):
+            count = {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
+            ended = launch(tmp_path, ["a", "a", host], **agent, **count)
+            codes.append({code for code, _ in ended})
+    assert codes == [{0}, {2}, {0}]
 
 
 @pytest.mark.slow
