@@ -14,42 +14,30 @@ import numpy as np
 import numpy.typing as npt
 
 from epplan.errors import EpplanError
-from epplan.planner.copies.replicas import (
-    bound_with_replicas,
-    place_replicated,
-    start_with_replicas,
-)
-from epplan.planner.copies.set_copies import (
-    SetCopiesTask,
-    place_set_copies,
-    prove_set_copies,
-    start_with_set_copies,
-)
+from epplan.planner.copies.replicas import start_with_replicas
+from epplan.planner.copies.set_copies import SetCopiesTask, start_with_set_copies
 from epplan.planner.copies.task import ReplicatedTask
 from epplan.planner.placement.highs import solve, solver_name
 from epplan.planner.placement.levels import (
     OPTIMAL_GAP,
     Effort,
     LayerPlacement,
-    Report,
-    Task,
     in_id_order,
-    place_layer,
 )
 from epplan.planner.placement.program import MICROSECONDS, build_program
 from epplan.planner.placement.row_builder import RowBuilder
 from epplan.planner.placement.search import NoRoomError, contiguous
 from epplan.planner.placement.terms import gpu_terms
-from epplan.planner.together.set_levels import SetTask, place_with_sets, start_with_sets
+from epplan.planner.together.set_levels import SetTask, start_with_sets
 from epplan.planner.together.set_rows import SetLayer, SetRowBuilder
 from epplan.planner.together.whole_groups import (
     GroupTask,
     check_groups,
-    place_with_groups,
     start_with_groups,
 )
 
 from .cost import LayerEvaluation, Shares, evaluate_layer, one_copy
+from .layer_task import AnyTask, place_within, prove_within
 from .plan import Status
 from .problem import Problem, even_capacity, no_room_for_copies
 from .token_sets import single_choices
@@ -60,13 +48,6 @@ _JOINT_SIZE = 4096  # layers x experts x GPUs up to which memory-coupled layers 
 _QUICK_S = 2.0  # time for a layer from which a first pass over all layers is worth it
 _PROCESSES_SIZE = 32768  # the same, from which starting processes (1 to 2 s) pays
 
-AnyTask = (
-    Task
-    | tuple[ReplicatedTask, LayerPlacement]
-    | tuple[SetTask, LayerPlacement]
-    | tuple[GroupTask, LayerPlacement]
-    | tuple[SetCopiesTask, LayerPlacement]
-)
 Capacity = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
 
@@ -196,7 +177,7 @@ class _Work:
         if not self._begun and len(self.rows) > 1 and effort.left_s > _QUICK_S * len(self.rows):
             # Something for every layer first: Ctrl-C may come while most are not begun.
             for layer in self.rows:
-                quick = _place_within(self._task(layer), effort, 0.0, lambda better: None)
+                quick = place_within(self._task(layer), effort, 0.0, lambda better: None)
                 self._take_placed(layer, quick)
         layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
         layers = layers if self._begun else list(self.rows)
@@ -205,7 +186,7 @@ class _Work:
             tasks = {layer: self._task(layer) for layer in layers}
             budget_s = effort.left_s / len(layers)
             each_in_turn(
-                _place_within, tasks, effort, self._take_placed, side_by_side=self._side_by_side
+                place_within, tasks, effort, self._take_placed, side_by_side=self._side_by_side
             )
             layers = [x for x in self.rows if not self.best[x].is_done(self.effort.gap)]
             if not layers or effort.left_s / len(layers) <= budget_s:
@@ -310,9 +291,7 @@ class _Work:
         """Prove bounds without the shares of memory that placements keep."""
         free = np.full(self.problem.num_ranks, self.problem.experts_per_gpu)
         tasks = {layer: self._task(layer, free) for layer in self.rows}
-        each_in_turn(
-            _prove_within, tasks, effort, self._take_bound, side_by_side=self._side_by_side
-        )
+        each_in_turn(prove_within, tasks, effort, self._take_bound, side_by_side=self._side_by_side)
 
     def _take_placed(self, layer: int, better: LayerPlacement) -> None:
         if self.problem.layers_coupled:  # its bound relies on the layer's share of memory
@@ -352,29 +331,6 @@ class _Work:
                 found_by="integer program over all layers",
                 floor_s=terms[layer].floor_s,
             )
-
-
-def _place_within(task: AnyTask, effort: Effort, budget_s: float, report: Report) -> LayerPlacement:
-    """Solve one layer within its own time, from when it starts."""
-    effort = effort.within(budget_s)
-    if isinstance(task[0], SetCopiesTask):
-        return place_set_copies(task[0], task[1], effort, report)
-    if isinstance(task[0], ReplicatedTask):
-        return place_replicated(task[0], task[1], effort, report)
-    if isinstance(task[0], GroupTask):
-        return place_with_groups(task[0], task[1], effort, report)
-    if isinstance(task[0], SetTask):
-        return place_with_sets(task[0], task[1], effort, report)
-    return place_layer(task, effort, report)
-
-
-def _prove_within(task: AnyTask, effort: Effort, budget_s: float, report: Report) -> LayerPlacement:
-    """Return a placement of which only the bound counts."""
-    if isinstance(task[0], SetCopiesTask):
-        return prove_set_copies(task[0], task[1], effort.within(budget_s))
-    if isinstance(task[0], ReplicatedTask):
-        return replace(task[1], bound_s=bound_with_replicas(task[0], effort.within(budget_s)))
-    return _place_within(task, effort, budget_s, report)
 
 
 def _by_choice(problem: Problem) -> Problem:

@@ -102,6 +102,7 @@ class PlanBench:
             "auto", plan, workload, "share", transfer=None, graph=with_graph
         )
         with_graph &= kind == "padded"  # the others wait for counts
+        transfer, note = choose_transfer(None, plan, kind)
         asked = options.micro_batches if options.overlap else 1
         schedule = choose_schedule(asked, plan, workload, kind)
         parts = schedule.micro_batches
@@ -111,7 +112,7 @@ class PlanBench:
             plan,
             tokens=ceil(options.sequences / parts) * options.positions(phase),
             capacity_factor=1.25,
-            transfer=choose_transfer(None, plan, kind)[0],
+            transfer=transfer,
             fp8=False,
         )
         model = ExpertParallelModel(spec, self._layers, dispatcher, schedule, self._clock)
@@ -132,7 +133,8 @@ class PlanBench:
             graph=with_graph,
             bytes_read=tensor_bytes(self._layers)
             + cache_bytes(spec, options.sequences, options.before(phase)),
-            how=f"by {kind} ({reason}), {parts} micro-batches ({schedule.reason})",
+            how=f"by {kind} ({reason}), {parts} micro-batches ({schedule.reason})"
+            + ("" if note is None else f", {note}"),
         )
 
 
