@@ -11,11 +11,10 @@ rank comes back: sums are rounded to the dtype of the rows once more than with a
 import torch
 from torch import Tensor
 
-from .alltoall import slot_major
 from .channel import Channel
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer, checked_counts
 from .hop import Choices, Hop, Splits, add_up
-from .order import count
+from .order import count, stable_order
 from .wire import Wire
 
 
@@ -114,8 +113,8 @@ class Arrived:
     def __init__(self, rows_V: Tensor, chosen: Choices, arriving_WP: Tensor, top_k: int) -> None:
         self._rows_V, self._arriving_WP = rows_V, arriving_WP
         self._row_R, self._weight_R = chosen.row_N, chosen.weight_N
-        order_R = slot_major(arriving_WP, rows_V.device)
-        if order_R is not None:
+        if min(arriving_WP.shape) > 1:  # else they are in the order of slots
+            order_R = stable_order(chosen.slot_N)
             self._row_R = self._row_R.index_select(0, order_R)
             self._weight_R = self._weight_R.index_select(0, order_R)
         self._most = min(top_k, arriving_WP.shape[1])
