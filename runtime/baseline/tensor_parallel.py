@@ -1,14 +1,14 @@
 """Tensor parallelism, of the baseline: every rank of a stage holds a slice of every matrix.
 
 Shapes: B sequences, S positions, T = B x S tokens, H hidden size, E experts, K experts per token,
-N = T x K rows, P = E x T padded rows, L MoE layers of the stage.
+N = T x K rows (padded: E x T), L MoE layers of the stage.
 
 Projections into heads and into an MLP's width are split by rows, those out of them by columns, so
 that a rank's output is a part of a sum (Megatron-LM's scheme). All ranks of a stage see all its
 tokens and hold a slice of every expert: rows never travel, but two sums do in every layer.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -17,7 +17,8 @@ from torch import Tensor
 from epplan.errors import InputError
 from epplan.planner.model import AttentionSpec, ModelSpec
 from epplan.runtime.clock import PhaseClock, Place
-from epplan.runtime.dispatchers.order import count, inverse, weighted_sum
+from epplan.runtime.dispatchers.batching import batch
+from epplan.runtime.dispatchers.order import count, weighted_sum
 from epplan.runtime.dispatchers.padding import pad
 from epplan.runtime.layer.attention import attention, attention_step, join_projections
 from epplan.runtime.layer.experts import MlpWeights, mlp, run_experts, shared_mlp, stack_experts
@@ -30,8 +31,8 @@ from epplan.runtime.weights import Weights
 # Slices of rows follow heads or the MLP's width; what is not named here is whole on every rank.
 _SPLIT_BY_QUERY_HEAD = ("query", "query.bias", "expand", "sinks")
 _SPLIT_BY_KV_HEAD = ("key", "key.bias", "value", "value.bias")
-_PADDED_TOKENS = 256
-_PADDED_BYTES = 1 << 28
+_PADDED_TOKENS = 256  # measured with 128; above that padding costs time, which a graph has to save
+_PADDED_BYTES = 1 << 28  # of all experts' rows: a guard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,40 +277,23 @@ class TensorParallelStage:
             weights.bias_E,
         )
         self._clock.mark("route", place)
-        through = self._run_padded if never_waits(spec, h_TH) else self._run_sorted
-        part_TH = through(h_TH, experts_TK, weights_TK, weights.experts)
+        if never_waits(spec, h_TH):
+            # Every expert has room for all tokens: none is lost, and no count is needed.
+            rows_of_expert = [len(h_TH)] * spec.num_experts
+            rows_NH, place_TK, weights_TK, _ = pad(
+                h_TH, experts_TK, weights_TK, spec.num_experts, len(h_TH)
+            )
+        else:
+            # Device-to-host sync: the products' sizes are host numbers.
+            rows_of_expert = count(experts_TK.flatten(), spec.num_experts).tolist()
+            rows_NH, place_TK = batch(h_TH, experts_TK)
+        outputs_NH = run_experts(rows_NH, rows_of_expert, weights.experts)
+        part_TH = weighted_sum(outputs_NH, place_TK, weights_TK)
         self._clock.mark("experts", place)
         if weights.shared is not None:
             part_TH = part_TH + shared_mlp(h_TH, weights.shared, weights.shared_gate_1H)
             self._clock.mark("shared_experts", place)
         return part_TH, experts_TK
-
-    def _run_sorted(
-        self,
-        h_TH: Tensor,
-        experts_TK: Tensor,
-        weights_TK: Tensor,
-        experts: Sequence[MlpWeights | None],
-    ) -> Tensor:
-        expert_N = experts_TK.flatten()
-        sort_N = expert_N.argsort(stable=True)
-        # Device-to-host sync: the products' sizes are host numbers.
-        rows_of_expert = count(expert_N, len(experts)).tolist()
-        rows_NH = run_experts(h_TH[sort_N // self._spec.top_k], rows_of_expert, experts)
-        return weighted_sum(rows_NH, inverse(sort_N).view_as(experts_TK), weights_TK)
-
-    def _run_padded(
-        self,
-        h_TH: Tensor,
-        experts_TK: Tensor,
-        weights_TK: Tensor,
-        experts: Sequence[MlpWeights | None],
-    ) -> Tensor:
-        """Give every expert room for all tokens, so that none is lost and no count is needed."""
-        num_experts, capacity = len(experts), len(h_TH)
-        rows_PH, place_TK, weights_TK, _ = pad(h_TH, experts_TK, weights_TK, num_experts, capacity)
-        outputs_PH = run_experts(rows_PH, [capacity] * num_experts, experts)
-        return weighted_sum(outputs_PH, place_TK, weights_TK)
 
 
 def never_waits(spec: ModelSpec, h_TH: Tensor) -> bool:
