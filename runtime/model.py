@@ -37,7 +37,7 @@ class MicroBatch:
     """What some of a step's sequences give."""
 
     hidden_BSH: Tensor
-    experts_LTK: Tensor
+    experts: list[Tensor]  # the choice in each MoE layer, [T, K]
     counts: list[Counts]  # [L]
 
 
@@ -119,7 +119,7 @@ class ExpertParallelModel:
             num_ranks = counts.shape[1]
             return Step(
                 hidden_BSH=torch.cat([batch.hidden_BSH for batch in batches]),
-                experts_LTK=torch.cat([batch.experts_LTK for batch in batches], dim=1),
+                experts_LTK=torch.cat([torch.stack(batch.experts) for batch in batches], dim=1),
                 counts_LWWP=counts.view(len(batches), -1, num_ranks, *counts.shape[2:]).sum(0),
                 reran=dropless is not None,
             )
@@ -200,7 +200,7 @@ class ExpertParallelModel:
             out_BSH = out_TH.view_as(x_BSH)
         if out_BSH is not None:
             x_BSH = x_BSH + out_BSH
-        return MicroBatch(hidden_BSH=x_BSH, experts_LTK=torch.stack(choices), counts=counts)
+        return MicroBatch(hidden_BSH=x_BSH, experts=choices, counts=counts)
 
     def _route(self, h_TH: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """Return the weight and the number of each token's experts, [T, K]."""
