@@ -119,6 +119,37 @@ def test_equals_the_dense_model() -> None:
     assert on_every_gpu(run_cases, cases)[0] == []
 
 
+def kinds_of_output(rank: int, cases: list[tuple[Plan, Options]]) -> list[int]:
+    """Run 40 steps of each case; tells how many different outputs there were."""
+    device = torch.device("cuda", rank)
+    kinds = []
+    for plan, options in cases:
+        weights = SeededWeights(spec=plan.model, seed=0, device=device, dtype=torch.float16)
+        model = build_model(plan, options, choose(plan, options, device), weights, rank)
+        shape = (options.sequences, options.positions, plan.model.hidden_size)
+        x_BSH = seeded_hidden(0, rank, shape, device=device, dtype=torch.float16)
+        outputs: list[torch.Tensor] = []
+        for output in [model.forward(x_BSH).hidden_BSH for _ in range(40)]:
+            if not any(torch.equal(output, other) for other in outputs):
+                outputs.append(output)
+        kinds.append(len(outputs))
+    return kinds
+
+
+def test_steps_in_a_row_give_the_same_bits() -> None:
+    """Rows that arrive into memory that is still read would change some of them."""
+    hosts = spread(wide(QWEN, 8.0), num_hosts=2)
+    alltoall = replace(OPTIONS, dispatcher="alltoall")
+    options = [
+        alltoall,
+        replace(alltoall, transfer="direct"),
+        replace(alltoall, transfer="node-dedup"),
+        replace(OPTIONS, dispatcher="padded"),
+    ]
+    cases = [(hosts, replace(each, micro_batches=parts)) for each in options for parts in (2, 3)]
+    assert on_every_gpu(kinds_of_output, cases) == [[1] * len(cases)] * GPUS
+
+
 def decode_both_ways(rank: int, plan: Plan, dtype: torch.dtype) -> list[bool]:
     """Run decode steps as a graph and kernel by kernel; tells which are equal."""
     options = replace(OPTIONS, dispatcher="padded", sequence_length=1, micro_batches=2)

@@ -45,6 +45,8 @@ class Splits:
 class Hop:
     """Rows on their way from rank to rank.
 
+    What arrives is held as long as the hop, which is dropped when its channel has been released.
+
     Args:
         channel: to travel by.
         choices: of the rows here.
@@ -108,7 +110,7 @@ class Hop:
         Raises:
             ValueError: they are others.
         """
-        self._received = self._rows.finish(), self._chosen.finish()  # held as long as the hop
+        self._received = self._rows.finish(), self._chosen.finish()
         rows, choices_R2 = self._received
         arriving_WC, slots_C = self._splits.receive_choices_WC, self._splits.slots_C
         rows_W = torch.tensor(self._splits.receive_rows)
@@ -135,7 +137,8 @@ class Hop:
         Args:
             most: ranks that one row went to.
         """
-        return add_up(self._back.finish(), self._row_M, None, self._num_rows, most)
+        self._returned = self._back.finish()
+        return add_up(self._returned, self._row_M, None, self._num_rows, most)
 
     def _fly(self, name: str, send: Sequence[int], receive: Sequence[int]) -> Flight:
         return Flight(self._channel, send, receive, name=name, place=self._place)
