@@ -112,3 +112,29 @@ def test_wide_heads_on_a_gpu(
     expected = attend(*on_cpu, scale=None)
     error = (actual - expected).norm() / expected.norm()
     assert error < (1e-3 if dtype == torch.float16 else 6e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    ("sequences", "heads", "kv_heads", "positions"),
+    [(1, 4, 4, 512), (2, 4, 2, 333), (3, 1, 1, 65), (1, 16, 16, 100)],
+)
+def test_wide_heads_side_by_side_on_a_gpu(
+    sequences: int, heads: int, kv_heads: int, positions: int
+) -> None:
+    """As one product for query, key and value leaves them: nothing is copied, the bits are those."""
+    shape = (sequences, positions, (heads + 2 * kv_heads) * 512)
+    joined_BSO = torch.randn(*shape, device="cuda", dtype=torch.float16)
+    parts = joined_BSO.split([heads * 512, kv_heads * 512, kv_heads * 512], dim=-1)
+    query, key, value = (torch.unflatten(part, -1, (-1, 512)).transpose(1, 2) for part in parts)
+    with torch.inference_mode():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        actual = attend(query, key, value, scale=None)
+        copied = torch.cuda.max_memory_allocated() - before - actual.nbytes
+        expected = attend(query.contiguous(), key.contiguous(), value.contiguous(), scale=None)
+    assert copied < 1024
+    assert torch.equal(actual, expected)
+    assert actual.transpose(1, 2).is_contiguous()
