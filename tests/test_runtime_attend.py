@@ -123,7 +123,7 @@ def test_wide_heads_on_a_gpu(
 def test_wide_heads_side_by_side_on_a_gpu(
     sequences: int, heads: int, kv_heads: int, positions: int
 ) -> None:
-    """As one product for query, key and value leaves them: nothing is copied, the bits are those."""
+    """As one product for all three leaves them: nothing is copied, and the bits are the same."""
     shape = (sequences, positions, (heads + 2 * kv_heads) * 512)
     joined_BSO = torch.randn(*shape, device="cuda", dtype=torch.float16)
     parts = joined_BSO.split([heads * 512, kv_heads * 512, kv_heads * 512], dim=-1)
