@@ -19,6 +19,7 @@ from epplan.runtime.dispatchers.replicas import ReplicaChoice, all_local
 
 from .options import Options
 from .pipeline import CPU_TURNS, GPU_TURNS, Schedule
+from .timing.workload import step_flops
 
 # One computes while the other's rows travel. Four shorten the unhidden first and last transfer, but
 # took two H200 5 to 14 % longer than two (docs/log.md): smaller products beside more transfers.
@@ -26,6 +27,10 @@ _IN_FLIGHT = 2
 # Two halves of 1024 rows take an H200 3 % longer than the whole, two of 256 rows 10 %, and below
 # 128 rows twice as long, because each reads the expert's weights (docs/log.md).
 _ROWS_OF_AN_EXPERT = 512
+# Of one layer and part: the host takes 4.5 to 5.7 ms for each (two H200, a virtual machine), and
+# where the device takes less one part ends sooner. Two parts of 0.5e12 took 42.7 ms, both in one
+# 22.9; two of 4.2e12 took 74.9, both in one 77.0 (docs/log.md).
+_FLOPS_OF_A_LAYER = 3e12
 # Of padding per rank and direction: a network port carries it in some 80 us, and to read counts on
 # the host costs about that once launches are counted. An estimate, not measured between GPUs.
 _PADDING_BYTES = 4 << 20
@@ -220,6 +225,8 @@ def _number_of_micro_batches(
 ) -> tuple[int, str]:
     model = plan.model
     rows = workload.tokens * plan.world_size * model.top_k / model.num_experts
+    flops = step_flops(model, workload.sequences, workload.positions, 0) / model.num_layers
+    phase = "decode" if workload.positions == 1 else "prefill"
     for_memory = _for_memory(plan, workload)
     if workload.device_type != "cuda":
         number, reason = 1, "on a CPU transfers and computation share the cores"
@@ -230,14 +237,19 @@ def _number_of_micro_batches(
     elif rows < 2 * _ROWS_OF_AN_EXPERT:
         number = 1
         reason = (
-            f"{'decode' if workload.positions == 1 else 'small'} step, {rows:.0f} rows an expert: "
+            f"{phase} step, {rows:.0f} rows an expert: "
             "parts would take longer than transfers, each reads the expert's weights"
+        )
+    elif flops < _IN_FLIGHT * _FLOPS_OF_A_LAYER:
+        number = 1
+        reason = (
+            f"{phase} step, {flops / 1e12:.1f}e12 operations a layer: "
+            "the host would take longer to start parts of it than they compute"
         )
     else:
         number = _IN_FLIGHT
         reason = (
-            f"{'decode' if workload.positions == 1 else 'prefill'} step, {rows:.0f} rows an "
-            "expert: one computes under the transfers of another"
+            f"{phase} step, {rows:.0f} rows an expert: one computes under the transfers of another"
         )
     if for_memory > number:
         return for_memory, f"activations of {_IN_FLIGHT} at a time must fit into memory"

@@ -199,8 +199,9 @@ def workload(sequences: int, positions: int, device_type: str = "cuda") -> Workl
     ("sequences", "positions", "number", "reason"),
     [
         (64, 1, 1, "decode step, 64 rows an expert: parts would take longer than transfers"),
-        (2048, 1, 2, "decode step, 2048 rows an expert: one computes under the transfers"),
-        (4, 400, 2, "prefill step, 1600 rows an expert: one computes under the transfers"),
+        (2048, 1, 1, "decode step, 3.3e12 operations a layer: the host would take longer"),
+        (4, 400, 1, "prefill step, 2.6e12 operations a layer: the host would take longer"),
+        (8192, 1, 2, "decode step, 8192 rows an expert: one computes under the transfers"),
         (2, 4000, 2, "prefill step, 8000 rows an expert: one computes under the transfers"),
         (1, 10_000, 1, "a single sequence is not split"),
         (64, 10_000, 64, "activations of 2 at a time must fit into memory"),
