@@ -7,6 +7,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from epplan.planner.forwarding import through_islands
@@ -17,6 +19,7 @@ from epplan.runtime.dispatchers.dedup import Deduplicated
 from epplan.runtime.dispatchers.dispatch import Dispatcher, Routed, gather_counts
 from epplan.runtime.dispatchers.local import Local
 from epplan.runtime.dispatchers.node_dedup import NodeDeduplicated
+from epplan.runtime.dispatchers.order import slot_major
 from epplan.runtime.dispatchers.padded import Padded, capacity_for
 from epplan.runtime.dispatchers.wire import Float8Wire, PlainWire
 from tests.fork_ranks import RankError, run_ranks
@@ -363,3 +366,23 @@ def test_rows_that_arrive_at_the_wrong_slot(
 def test_splits_that_miss_rows() -> None:
     with pytest.raises(ValueError, match=r"splits \[1, 2\] add up to 3 of 4 rows"):
         channel(0, 2).exchange(torch.zeros(4, 1), [1, 2], [1, 2], name="test", place=PLACE)
+
+
+@given(
+    st.integers(1, 5).flatmap(
+        lambda slots: st.lists(
+            st.lists(st.integers(0, 4), min_size=slots, max_size=slots), min_size=1, max_size=6
+        )
+    )
+)
+def test_received_rows_in_the_order_of_slots(arriving: list[list[int]]) -> None:
+    arriving_WP = torch.tensor(arriving)
+    slot_R = (
+        torch.arange(arriving_WP.shape[1])
+        .repeat(len(arriving))
+        .repeat_interleave(arriving_WP.flatten())
+    )
+    order_R = slot_major(arriving_WP, torch.device("cpu"))
+    if order_R is None:
+        order_R = torch.arange(len(slot_R))
+    assert torch.equal(order_R, slot_R.argsort(stable=True))

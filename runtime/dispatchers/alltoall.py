@@ -17,7 +17,7 @@ from torch import Tensor
 from .channel import Channel
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer, checked_counts
 from .flight import Flight
-from .order import count, inverse, repeat_each, stable_order, weighted_sum
+from .order import count, inverse, slot_major, stable_order, weighted_sum
 from .wire import Wire
 
 
@@ -131,18 +131,3 @@ class _AllToAllTransfer(Transfer):
                 f"{is_tag // num_slots} for slot {is_tag % num_slots}, the counts say rank "
                 f"{expected_tag // num_slots} and slot {expected_tag % num_slots}"
             )
-
-
-def slot_major(arriving_WP: Tensor, device: torch.device) -> Tensor | None:
-    """Return the order that gathers the rows of each slot, on `device`; None: they are in it.
-
-    Received rows are rank-major:   (r0,s0), (r0,s1), (r1,s0), (r1,s1), ...
-    experts want them slot-major:   (r0,s0), (r1,s0), ..., (r0,s1), (r1,s1), ...
-    """
-    num_ranks, slots_per_rank = arriving_WP.shape
-    if slots_per_rank == 1 or num_ranks == 1:
-        return None
-    slot_R = repeat_each(
-        torch.arange(slots_per_rank).repeat(num_ranks), arriving_WP.flatten(), device
-    )
-    return stable_order(slot_R)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .channel import Channel
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer, checked_counts
 from .hop import Choices, Hop, Splits, add_up
-from .order import count, stable_order
+from .order import count, slot_major
 from .wire import Wire
 
 
@@ -113,8 +113,8 @@ class Arrived:
     def __init__(self, rows_V: Tensor, chosen: Choices, arriving_WP: Tensor, top_k: int) -> None:
         self._rows_V, self._arriving_WP = rows_V, arriving_WP
         self._row_R, self._weight_R = chosen.row_N, chosen.weight_N
-        if min(arriving_WP.shape) > 1:  # else they are in the order of slots
-            order_R = stable_order(chosen.slot_N)
+        order_R = slot_major(arriving_WP, rows_V.device)
+        if order_R is not None:
             self._row_R = self._row_R.index_select(0, order_R)
             self._weight_R = self._weight_R.index_select(0, order_R)
         self._most = min(top_k, arriving_WP.shape[1])

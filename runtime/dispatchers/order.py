@@ -1,6 +1,7 @@
 """Orders and counts of rows, all on the device and without waiting for it.
 
-Shapes: N rows, S slots, T tokens, K choices per token, H hidden size.
+Shapes: N rows, S slots, T tokens, K choices per token, H hidden size, R rows received, B blocks of
+them that have one source and slot.
 """
 
 import torch
@@ -51,6 +52,24 @@ def repeat_each(values: Tensor, times: Tensor, device: torch.device) -> Tensor:
     on_device = [x.to(device, non_blocking=True) for x in pinned]
     # Without output_size the host would wait for the device.
     return on_device[0].repeat_interleave(on_device[1], output_size=int(times.sum()))
+
+
+def slot_major(arriving_WP: Tensor, device: torch.device) -> Tensor | None:
+    """Return the order that gathers the rows of each slot, on `device`; None: they are in it.
+
+    Received rows are rank-major:   (r0,s0), (r0,s1), (r1,s0), (r1,s1), ...
+    experts want them slot-major:   (r0,s0), (r1,s0), ..., (r0,s1), (r1,s1), ...
+    """
+    num_ranks, slots_per_rank = arriving_WP.shape
+    if slots_per_rank == 1 or num_ranks == 1:
+        return None
+    # By block, not by sorting rows: where it begins as received, and where it is wanted.
+    rows_B = arriving_WP.flatten()
+    received_PW = (rows_B.cumsum(0) - rows_B).view_as(arriving_WP).T
+    rows_B = arriving_WP.T.flatten()
+    shift_B = received_PW.flatten() - (rows_B.cumsum(0) - rows_B)
+    number_R = torch.arange(int(rows_B.sum()), device=device)
+    return number_R + repeat_each(shift_B, rows_B, device)
 
 
 def look_up(table: Tensor, index_TK: Tensor) -> Tensor:
