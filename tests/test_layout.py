@@ -73,12 +73,6 @@ def test_help_imports_nothing_heavy() -> None:
     assert imported_by("from epplan.cli import cli; cli(['--help'], standalone_mode=False)") == []
 
 
-def test_worker_imports_no_solver() -> None:
-    pytest.importorskip("torch")
-    heavy = imported_by("import epplan.runtime.worker")
-    assert not {"pulp", "highspy", "scipy", "networkx"} & set(heavy)
-
-
 def test_planner_imports_no_torch() -> None:
     assert "torch" not in imported_by("import epplan.planner.assemble")
 

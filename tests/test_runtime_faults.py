@@ -117,9 +117,10 @@ def test_a_rank_that_hangs_by_itself(folder: Path, monkeypatch: pytest.MonkeyPat
             "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, -1)); torch.empty(1 << 40)",
             r".*can't allocate memory.*",
         ),
-        (
+        pytest.param(
             "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, -1)); bytearray(1 << 40)",
             "MemoryError",
+            marks=pytest.mark.slow,
         ),
         # What a GPU's allocator raises.
         ("raise torch.OutOfMemoryError('CUDA out of memory.')", r"CUDA out of memory\."),

@@ -80,11 +80,11 @@ SHALLOW = REFERENCE.with_overrides(layers=2)
     ("spec", "slots_per_rank", "copies"),
     [
         (SHALLOW, 1, 0),
-        (SHALLOW, 2, 9),
+        pytest.param(SHALLOW, 2, 9, marks=pytest.mark.slow),
         (MIXTRAL, 1, 0),  # 8 experts on 16 ranks: half of the slots are empty
         pytest.param(MIXTRAL, 1, 6, marks=pytest.mark.slow),
         pytest.param(QWEN, 1, 0, marks=pytest.mark.slow),
-        (QWEN, 3, 32),
+        pytest.param(QWEN, 3, 32, marks=pytest.mark.slow),
         pytest.param(DEEPSEEK, 3, 0, marks=pytest.mark.slow),  # 32 experts in 48 slots
         (DEEPSEEK, 3, 12),
     ],
@@ -123,7 +123,11 @@ def run_uneven(rank: int, plan: Plan, cases: list[Options]) -> list[tuple[Tensor
     return outputs
 
 
-@pytest.mark.parametrize("spec", [SHALLOW, DEEPSEEK], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(SHALLOW, marks=pytest.mark.slow), DEEPSEEK],
+    ids=lambda spec: spec.name,
+)
 def test_ranks_without_tokens_and_more_micro_batches_than_tokens(spec: ModelSpec) -> None:
     plan = make_plan(spec, RANKS, slots_per_rank=3, copies=5)
     cases = [

@@ -116,7 +116,7 @@ def worst(plan: Plan, counts_LWWP: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("model", "ranks", "per_rank", "micro_batches"),
-    [(QWEN, 4, 4, 1), (DEEPSEEK, 4, 8, 2)],
+    [pytest.param(QWEN, 4, 4, 1, marks=pytest.mark.slow), (DEEPSEEK, 4, 8, 2)],
 )
 def test_experts_move_and_outputs_stay_bit_by_bit(
     model: ModelSpec, ranks: int, per_rank: int, micro_batches: int
