@@ -73,7 +73,7 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("gpus", [(2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("gpus", [(2, 1), pytest.param((1, 1, 1), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ffn", [64, 4096])
 def test_bound_holds_and_the_plan_is_near_the_optimum(
     rule: Replication, gpus: tuple[int, ...], ffn: int

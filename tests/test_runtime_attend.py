@@ -126,7 +126,7 @@ def test_wide_heads_side_by_side_on_a_gpu(
     """As one product for all three leaves them: nothing is copied, and the bits are the same."""
     shape = (sequences, positions, (heads + 2 * kv_heads) * 512)
     joined_BSO = torch.randn(*shape, device="cuda", dtype=torch.float16)
-    parts = joined_BSO.split([heads * 512, kv_heads * 512, kv_heads * 512], dim=-1)
+    parts = torch.split(joined_BSO, [heads * 512, kv_heads * 512, kv_heads * 512], dim=-1)
     query, key, value = (torch.unflatten(part, -1, (-1, 512)).transpose(1, 2) for part in parts)
     with torch.inference_mode():
         torch.cuda.synchronize()

@@ -77,13 +77,15 @@ def run(
     ("spec", "grid", "num_micro_batches", "overlap", "prompt"),
     [
         (REFERENCE_16, Grid(shards=8, stages=2), 1, False, LENGTH),
-        (REFERENCE_16, Grid(shards=8, stages=2), 3, True, LENGTH),
+        pytest.param(
+            REFERENCE_16, Grid(shards=8, stages=2), 3, True, LENGTH, marks=pytest.mark.slow
+        ),
         (REFERENCE_16, Grid(shards=8, stages=2), 3, True, 4),
         (REFERENCE_16, Grid(shards=16, stages=1), 9, False, LENGTH),  # more than sequences
         (REFERENCE, Grid(shards=4, stages=4), 5, True, 6),
         (REFERENCE, Grid(shards=1, stages=1), 2, True, 1),
         (MIXTRAL, Grid(shards=4, stages=2), 2, True, 4),  # two shards share a key head
-        (QWEN, Grid(shards=8, stages=2), 2, True, LENGTH),
+        pytest.param(QWEN, Grid(shards=8, stages=2), 2, True, LENGTH, marks=pytest.mark.slow),
         (DEEPSEEK, Grid(shards=4, stages=3), 2, True, 4),
         (GPT_OSS, Grid(shards=2, stages=3), 2, True, 4),  # windows, sinks and biases
     ],

@@ -154,8 +154,14 @@ def scale_by_slot(
     return results
 
 
-@pytest.mark.parametrize("slots_per_rank", [1, 3])
-@pytest.mark.parametrize("make", [alltoall, dedup, node_dedup, padded, *ROUNDED])
+@pytest.mark.parametrize(
+    ("make", "slots_per_rank"),
+    [
+        *((make, slots) for make in (alltoall, dedup, node_dedup, padded) for slots in (1, 3)),
+        *((make, 3) for make in ROUNDED),
+        *(pytest.param(make, 1, marks=pytest.mark.slow) for make in ROUNDED),
+    ],
+)
 def test_rows_come_back_from_the_right_slots(
     make: Callable[[int, int], Dispatcher], slots_per_rank: int
 ) -> None:
