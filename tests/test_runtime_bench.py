@@ -69,7 +69,7 @@ def test_a_plan_is_timed_in_both_phases(plan: Path) -> None:
 def test_the_baseline_is_timed_with_the_same_sequences(plan: Path) -> None:
     result = result_of(plan, "--sequences=2", "--baseline=tp2pp2", "--phase=decode")
     assert result["layout"] == "tp2pp2"
-    assert result["how"] == "decode in 4 micro-batches, two in flight"
+    assert result["how"] == "decode in 2 micro-batches, two in flight"
     (decode,) = result["phases"]
     assert decode["tokens_per_step"] == 8
     assert {"attention", "all_reduce", "transfer", "experts"} <= set(decode["parts"])
