@@ -78,8 +78,8 @@ class _DeduplicatedTransfer(Transfer):
 
     def receive(self) -> SlotRows:
         """Return a row for every choice, in the order of their slots."""
-        rows_VH, chosen = self._hop.finish(check=self._check)
-        self._arrived = Arrived(rows_VH, chosen, self._arriving_WP, self._top_k)
+        arrived = self._hop.finish(check=self._check)
+        self._arrived = Arrived(*arrived, self._arriving_WP, self._top_k)
         return self._arrived.by_slot(self._wire, self._dtype)
 
     def take_outputs(self, outputs_RH: Tensor) -> None:
@@ -105,14 +105,17 @@ class Arrived:
 
     Args:
         rows_V: as they travelled.
-        chosen: by source and slot, R of them.
+        row_R: of each choice, by source and slot.
+        weight_R: likewise.
         arriving_WP: how many from each rank for each slot here, on the CPU.
         top_k: choices of a token.
     """
 
-    def __init__(self, rows_V: Tensor, chosen: Choices, arriving_WP: Tensor, top_k: int) -> None:
+    def __init__(
+        self, rows_V: Tensor, row_R: Tensor, weight_R: Tensor, arriving_WP: Tensor, top_k: int
+    ) -> None:
         self._rows_V, self._arriving_WP = rows_V, arriving_WP
-        self._row_R, self._weight_R = chosen.row_N, chosen.weight_N
+        self._row_R, self._weight_R = row_R, weight_R
         order_R = slot_major(arriving_WP, rows_V.device)
         if order_R is not None:
             self._row_R = self._row_R.index_select(0, order_R)

@@ -101,8 +101,10 @@ class Hop:
         self._chosen.start(self._choices_N2, self._ready)
         del self._packed, self._choices_N2
 
-    def finish(self, *, check: bool) -> tuple[Tensor, Choices]:
-        """Return the rows that arrive, by source, and what is chosen of them, by source and slot.
+    def finish(self, *, check: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows that arrive, by source, and the row and weight of each choice of them.
+
+        Choices are by source and slot.
 
         Args:
             check: compare rows and choices with what their sources took them for.
@@ -112,19 +114,19 @@ class Hop:
         """
         self._received = self._rows.finish(), self._chosen.finish()
         rows, choices_R2 = self._received
-        arriving_WC, slots_C = self._splits.receive_choices_WC, self._splits.slots_C
+        choices_W = self._splits.receive_choices_WC.sum(1)
         rows_W = torch.tensor(self._splits.receive_rows)
-        first_R = repeat_each(rows_W.cumsum(0) - rows_W, arriving_WC.sum(1), rows.device)
-        chosen = Choices(
-            row_N=choices_R2[:, 1].detach().contiguous().view(torch.int32) + first_R,
-            slot_N=repeat_each(
-                slots_C.repeat(len(arriving_WC)), arriving_WC.flatten(), rows.device
-            ),
-            weight_N=choices_R2[:, 0],
-        )
+        first_R = repeat_each(rows_W.cumsum(0) - rows_W, choices_W, rows.device)
+        row_R = choices_R2[:, 1].detach().contiguous().view(torch.int32) + first_R
         if check:
-            self._check(chosen)
-        return rows, chosen
+            self._check(row_R)
+        return rows, row_R, choices_R2[:, 0]
+
+    def received_slots(self) -> Tensor:
+        """Return the slot of each choice that arrives, as the counts say."""
+        arriving_WC, slots_C = self._splits.receive_choices_WC, self._splits.slots_C
+        device = self._choices.slot_N.device
+        return repeat_each(slots_C.repeat(len(arriving_WC)), arriving_WC.flatten(), device)
 
     def send_back(self, sums: Tensor, name: str, after: torch.Event | None = None) -> None:
         """Send a sum for each row that arrived, [V, H]; they are ready at the point `after`."""
@@ -143,7 +145,7 @@ class Hop:
     def _fly(self, name: str, send: Sequence[int], receive: Sequence[int]) -> Flight:
         return Flight(self._channel, send, receive, name=name, place=self._place)
 
-    def _check(self, chosen: Choices) -> None:
+    def _check(self, row_R: Tensor) -> None:
         """Compare every choice's row and slot, as its source knows them, with what is here."""
         splits = self._splits
         receive_choices = splits.receive_choices_WC.sum(1).tolist()
@@ -151,7 +153,7 @@ class Hop:
         wanted_N2 = wanted_N2.index_select(0, self._sort_N)
         row_V = self._exchange(self._row_M, splits.send_rows, splits.receive_rows)
         wanted_R2 = self._exchange(wanted_N2, splits.send_choices, receive_choices)
-        here_R2 = torch.stack([row_V[chosen.row_N], chosen.slot_N], dim=1)
+        here_R2 = torch.stack([row_V[row_R], self.received_slots()], dim=1)
         wrong_R = (wanted_R2 != here_R2).any(1)
         if wrong_R.any():
             choice = int(wrong_R.nonzero()[0])

@@ -24,7 +24,7 @@ from epplan.planner.forwarding import Ints, entry_ranks
 from .channel import Channel
 from .dedup import Arrived, choices_of
 from .dispatch import Counts, Dispatcher, Routed, SlotRows, Transfer, checked_counts
-from .hop import Hop, Splits, mark
+from .hop import Choices, Hop, Splits, mark
 from .order import count
 from .wire import Wire
 
@@ -156,20 +156,21 @@ class _TwoHops(Transfer):
 
     def receive(self) -> SlotRows:
         """Send on what enters here; return a row for every choice, in the order of their slots."""
-        rows_V, chosen = self._over_network.finish(check=self._check)
+        rows_V, row_R, weight_R = self._over_network.finish(check=self._check)
+        slot_R = self._over_network.received_slots()
         self._inside = Hop(
             self._dispatcher.inside,
-            chosen,
-            self._dispatcher.number_W.index_select(0, chosen.slot_N // self._slots_per_rank),
+            Choices(row_N=row_R, slot_N=slot_R, weight_N=weight_R),
+            self._dispatcher.number_W.index_select(0, slot_R // self._slots_per_rank),
             num_rows=len(rows_V),
             num_slots=self._num_slots,
             place=self._place,
         )
         self._inside.pack(rows_V, sum(self._inside_splits.send_rows))
         self._inside.start(self._inside_splits, "forward")
-        rows_V, chosen = self._inside.finish(check=self._check)
+        arrived = self._inside.finish(check=self._check)
         arriving_WP = self._inside_splits.receive_choices_WC
-        self._arrived = Arrived(rows_V, chosen, arriving_WP, self._top_k)
+        self._arrived = Arrived(*arrived, arriving_WP, self._top_k)
         return self._arrived.by_slot(self._wire, self._dtype)
 
     def take_outputs(self, outputs_RH: Tensor) -> None:
