@@ -29,7 +29,7 @@ _IN_FLIGHT = 2
 _ROWS_OF_AN_EXPERT = 512
 # Of one layer and part: the host takes 4.5 to 5.7 ms for each (two H200, a virtual machine), and
 # where the device takes less one part ends sooner. Two parts of 0.5e12 took 42.7 ms, both in one
-# 22.9; two of 4.2e12 took 74.9, both in one 77.0 (docs/log.md).
+# 22.9; two of 2.1e12 took 62.0 and 41.6, two of 4.2e12 took 76.7 and 79.6 (docs/log.md).
 _FLOPS_OF_A_LAYER = 3e12
 # Of padding per rank and direction: a network port carries it in some 80 us, and to read counts on
 # the host costs about that once launches are counted. An estimate, not measured between GPUs.

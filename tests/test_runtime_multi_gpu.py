@@ -235,8 +235,9 @@ def spans_of_step(rank: int, plan: Plan, options: Options) -> list[Span]:
 
 def test_transfers_run_under_the_other_micro_batch() -> None:
     """Rows of one micro-batch arrive while the other's attention, or experts, still compute."""
-    # Large enough for the device to be behind the host: attention takes milliseconds.
-    spec = wide(REFERENCE, 64.0)
+    # Large enough for the device to be behind the host: attention takes milliseconds. Experts four
+    # times as wide, so that they take longer than the rows: with 4096 they were 0.1 ms ahead once.
+    spec = wide(REFERENCE, 64.0).model_copy(update={"expert_ffn_size": 16384})
     options = replace(
         OPTIONS, dispatcher="alltoall", micro_batches=2, sequences=2, sequence_length=16384
     )
