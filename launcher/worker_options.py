@@ -82,7 +82,7 @@ _OPTIONS = (
         type=click.Choice(["per-choice", "direct", "node-dedup"]),
         show_default="as the plan prices it",
         help="Send a token's row once per choice of it, once to a rank (direct), or once to a host "
-        "and on from there (node-dedup).",
+        "or NVLink domain and on from there (node-dedup).",
     ),
     switch(
         "fp8-dispatch", "Send rows to experts as 8-bit numbers with a scale a row. Changes outputs."

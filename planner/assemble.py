@@ -113,6 +113,7 @@ def _ranks(cluster: Cluster, problem: Problem) -> tuple[Rank, ...]:
             Rank(
                 rank=number,
                 host=gpu.host,
+                island=int(problem.routes.island[number]),
                 gpu_index=gpu.index,
                 gpu_model=gpu.profile.name,
                 gpu_uuid=gpu.uuid,

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from epplan.files import parse_yaml, read_text, validate, write_atomically
 
 from .model import ModelSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Status = Literal["optimal", "feasible", "limit"]
 TransferMode = Literal["per-choice", "direct", "node-dedup"]  # planner/forwarding.py
 _SHARE_ROUNDING = 1e-6
@@ -34,6 +34,7 @@ class Rank(_Record):
 
     rank: int = Field(ge=0)
     host: str
+    island: int = Field(ge=0)  # of ranks that reach each other without the network
     gpu_index: int = Field(ge=0)  # among the host's GPUs, in PCI bus order
     gpu_model: str
     gpu_uuid: str | None = None
@@ -118,7 +119,7 @@ class Plan(_Record):
     every source rank, that a slot takes (0 for an empty slot). None: every expert has one copy.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     epplan_version: str
     command: str
     inputs: Inputs
@@ -253,6 +254,10 @@ def _rank_problems(ranks: tuple[Rank, ...]) -> Iterator[str]:
             finished.add(previous.host)
         if rank.host in finished:
             yield f"rank {rank.rank} returns to host {rank.host}: ranks of a host are contiguous"
+    for host, of_host in groupby(ranks, key=lambda rank: rank.host):
+        islands = sorted({rank.island for rank in of_host})
+        if len(islands) > 1:
+            yield f"ranks of host {host} are on islands {islands}; a host is on one"
     gpus = Counter((rank.host, rank.gpu_index) for rank in ranks)
     for (host, gpu), count in gpus.items():
         if count > 1:

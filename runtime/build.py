@@ -16,7 +16,7 @@ from epplan.runtime.layer.layers import build_layers
 from .clock import PhaseClock
 from .model import ExpertParallelModel
 from .options import Options
-from .schedule import Choice, nodes_of
+from .schedule import Choice, islands_of
 from .weights import Weights
 
 
@@ -67,7 +67,7 @@ def make_dispatcher(
             return Local(channel, slots_per_rank)
         case "alltoall":
             if transfer == "node-dedup":
-                return NodeDeduplicated(channel, slots_per_rank, wire, nodes_of(plan))
+                return NodeDeduplicated(channel, slots_per_rank, wire, islands_of(plan))
             once_a_rank = transfer == "direct"
             return (Deduplicated if once_a_rank else AllToAll)(channel, slots_per_rank, wire)
         case "padded":

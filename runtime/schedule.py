@@ -39,11 +39,6 @@ _PADDING_BYTES = 4 << 20
 _PADDING_BYTES_OF_GRAPH = 32 << 20
 _ACTIVATION_SHARE = 0.5  # of the memory the plan leaves free
 _SKEW = 2.0  # rows of the busiest rank over the mean, for memory
-_HOW_OFTEN: dict[TransferMode, str] = {
-    "per-choice": "once per choice",
-    "direct": "once to a rank",
-    "node-dedup": "once to a host, and on from there",
-}
 _NO_LONGER_DENSE = "gradients could not be compared with the dense model's"
 
 
@@ -113,29 +108,40 @@ def choose_transfer(
     """
     planned = plan.workload.transfer
     done = _plainest(asked or planned, plan) if dispatcher == "alltoall" else "per-choice"
+    how_often = _how_often(done, plan)
     if dispatcher == "local" or _plainest(planned, plan) == "per-choice":
         return done, None
     if done == _plainest(planned, plan):
-        return done, f"rows go {_HOW_OFTEN[done]}, as the plan prices them ({planned})"
+        return done, f"rows go {how_often}, as the plan prices them ({planned})"
     why = "was not taken"
     if dispatcher != "alltoall":
         why = f"is nothing dispatcher {dispatcher} can do"
-    return done, f"the plan prices transfer {planned}, which {why}: rows go {_HOW_OFTEN[done]}"
+    return done, f"the plan prices transfer {planned}, which {why}: rows go {how_often}"
 
 
 def _plainest(transfer: TransferMode, plan: Plan) -> TransferMode:
     """Return the plainest way in which the same rows travel."""
-    if transfer == "node-dedup" and nodes_of(plan).max() == 0:
+    if transfer == "node-dedup" and islands_of(plan).max() == 0:
         transfer = "direct"  # there is no network to save
     if transfer == "direct" and plan.slots_per_rank == 1:
         return "per-choice"
     return transfer
 
 
-def nodes_of(plan: Plan) -> Ints:
-    """Return the number of every rank's host, from 0 in rank order, [ranks]."""
-    hosts = list(dict.fromkeys(rank.host for rank in plan.ranks))
-    return np.array([hosts.index(rank.host) for rank in plan.ranks], dtype=np.intp)
+def _how_often(transfer: TransferMode, plan: Plan) -> str:
+    if transfer == "per-choice":
+        return "once per choice"
+    if transfer == "direct":
+        return "once to a rank"
+    num_hosts = len({rank.host for rank in plan.ranks})
+    island = "a host" if num_hosts == islands_of(plan).max() + 1 else "an NVLink domain"
+    return f"once to {island}, and on from there"
+
+
+def islands_of(plan: Plan) -> Ints:
+    """Return the number of every rank's island, from 0, [ranks]."""
+    _, island = np.unique([rank.island for rank in plan.ranks], return_inverse=True)
+    return island
 
 
 def _not_in_training(options: Options) -> list[tuple[str, bool, str]]:

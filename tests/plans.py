@@ -21,6 +21,8 @@ def bare_plan(
     gpus: Sequence[tuple[str, int]],
     expert_of_slot: Sequence[Sequence[int | None]],
     share_of_slot: Sequence[Sequence[float]] | None = None,
+    *,
+    hosts_an_island: int = 1,
 ) -> Plan:
     """Return a plan for these GPUs.
 
@@ -29,7 +31,9 @@ def bare_plan(
         gpus: host and GPU of each rank.
         expert_of_slot: by MoE layer and slot.
         share_of_slot: the same, for plans with replicas.
+        hosts_an_island: joined by NVLink.
     """
+    hosts = list(dict.fromkeys(host for host, _ in gpus))
     source = Source(source="test", sha256="0" * 64)
     plan = Plan(
         epplan_version="0.1.0",
@@ -38,7 +42,14 @@ def bare_plan(
         model=model,
         workload=Workload(tokens_per_rank=1, source_ranks=1, windows=1),
         ranks=tuple(
-            Rank(rank=rank, host=host, gpu_index=gpu, gpu_model="none", memory_bytes=1)
+            Rank(
+                rank=rank,
+                host=host,
+                island=hosts.index(host) // hosts_an_island,
+                gpu_index=gpu,
+                gpu_model="none",
+                memory_bytes=1,
+            )
             for rank, (host, gpu) in enumerate(gpus)
         ),
         slots_per_rank=len(expert_of_slot[0]) // len(gpus),

@@ -74,6 +74,7 @@ def make_plan(
     *,
     slots_per_rank: int = 1,
     num_hosts: int = 2,
+    hosts_an_island: int = 1,
     copies: int = 0,
     seed: int = 0,
 ) -> Plan:
@@ -92,7 +93,7 @@ def make_plan(
         _add_copies(slots, slots_per_rank, copies, generator)
         layers.append(slots)
     shares = [_random_shares(slots, generator) for slots in layers] if copies else None
-    return bare_plan(model, gpus, layers, shares)
+    return bare_plan(model, gpus, layers, shares, hosts_an_island=hosts_an_island)
 
 
 def _add_copies(

@@ -84,6 +84,18 @@ def test_solve_for_a_transfer_says_what_it_assumed(tmp_path: Path, transfer: str
     assert f"with transfer {transfer}" in " ".join(shown.stdout.replace("│", "").split())
 
 
+def test_a_plan_names_the_nvlink_domains_that_rows_go_to_once(tmp_path: Path) -> None:
+    done = epplan(
+        *("solve", "--topology", "4x2:gb200,nic=2x400Gb/s,domain=2", "--model", "mixtral-8x7b"),
+        *("--layers", "1", "--load", "uniform", "--transfer", "node-dedup", "--gap", "0.5"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = json.loads((tmp_path / "plan.json").read_text())["ranks"]
+    assert [rank["island"] for rank in ranks] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert len({rank["host"] for rank in ranks}) == 4
+
+
 def test_replicas_with_token_sets_and_whole_groups(tmp_path: Path) -> None:
     done = epplan(
         *("solve", "--topology", "2x2:h100,nic=2x400Gb/s", "--model", "deepseek-v3"),

@@ -73,6 +73,7 @@ def test_all_inconsistencies_at_once(path: Path) -> None:
     slots[0][0] = slots[0][1]
     slots[1] = slots[1][:-1]
     ranks[1]["rank"] = 7
+    ranks[1]["island"] = 5
     ranks[-1]["host"] = ranks[0]["host"]
     ranks[-1]["gpu_index"] = ranks[0]["gpu_index"]
     edit(path, expert_of_slot=slots, ranks=ranks)
@@ -83,6 +84,7 @@ def test_all_inconsistencies_at_once(path: Path) -> None:
     for part in (
         "ranks must be numbered 0..",
         "returns to host",
+        "are on islands [0, 5]; a host is on one",
         "has 2 ranks; a GPU has exactly one",
         "layer 0 has no slot for experts",
         "layer 0 places experts",
@@ -103,7 +105,7 @@ def test_unknown_fields_and_wrong_types_are_named(path: Path) -> None:
     ("text", "message"),
     [
         ("[1, 2]", "is no epplan plan: it has no schema_version"),
-        ('{"schema_version": 9}', "has schema_version 9; this epplan reads 1"),
+        ('{"schema_version": 9}', "has schema_version 9; this epplan reads 2"),
         ("", "is no epplan plan"),
         ("a: [", "is not valid YAML at line 1"),
     ],

@@ -129,7 +129,7 @@ def run_uneven(rank: int, plan: Plan, cases: list[Options]) -> list[tuple[Tensor
     ids=lambda spec: spec.name,
 )
 def test_ranks_without_tokens_and_more_micro_batches_than_tokens(spec: ModelSpec) -> None:
-    plan = make_plan(spec, RANKS, slots_per_rank=3, copies=5)
+    plan = make_plan(spec, RANKS, slots_per_rank=3, copies=5, num_hosts=4, hosts_an_island=2)
     cases = [
         case("alltoall", 5),
         case("alltoall", 5, transfer="direct"),

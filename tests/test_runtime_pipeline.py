@@ -17,7 +17,13 @@ from epplan.runtime.environment import Setting
 from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
 from epplan.runtime.pipeline import CPU_TURNS, GPU_TURNS, Point, Schedule, Turns, take_turns
-from epplan.runtime.schedule import Workload, choose_dispatcher, choose_schedule, choose_transfer
+from epplan.runtime.schedule import (
+    Workload,
+    choose_dispatcher,
+    choose_schedule,
+    choose_transfer,
+    islands_of,
+)
 from tests.fork_ranks import run_ranks
 from tests.plans import bare_plan
 from tests.runtime_cases import MIXTRAL, REFERENCE, make_plan
@@ -306,6 +312,19 @@ def test_the_plainest_way_of_the_same_rows_is_taken() -> None:
         "direct",
         "rows go once to a rank, as the plan prices them (node-dedup)",
     )
+
+
+def test_rows_go_once_to_an_nvlink_domain_over_hosts() -> None:
+    def plan(hosts_an_island: int) -> Plan:
+        gpus = make_plan(MIXTRAL, 4, slots_per_rank=2, num_hosts=4, hosts_an_island=hosts_an_island)
+        return planned_for(gpus, "node-dedup")
+
+    assert islands_of(plan(2)).tolist() == [0, 0, 1, 1]
+    assert choose_transfer(None, plan(2), "alltoall") == (
+        "node-dedup",
+        "rows go once to an NVLink domain, and on from there, as the plan prices them (node-dedup)",
+    )
+    assert choose_transfer(None, plan(4), "alltoall")[0] == "direct"  # there is no network
 
 
 def planned_for(plan: Plan, transfer: TransferMode) -> Plan:
