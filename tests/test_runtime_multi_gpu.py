@@ -144,6 +144,7 @@ def test_steps_in_a_row_give_the_same_bits() -> None:
         alltoall,
         replace(alltoall, transfer="direct"),
         replace(alltoall, transfer="node-dedup"),
+        replace(alltoall, transfer="node-dedup", fp8_dispatch=True),
         replace(OPTIONS, dispatcher="padded"),
     ]
     cases = [(hosts, replace(each, micro_batches=parts)) for each in options for parts in (2, 3)]
