@@ -31,9 +31,14 @@ _ROWS_OF_AN_EXPERT = 512
 # where the device takes less one part ends sooner. Two parts of 0.5e12 took 42.7 ms, both in one
 # 22.9; two of 2.1e12 took 62.0 and 41.6, two of 4.2e12 took 76.7 and 79.6 (docs/log.md).
 _FLOPS_OF_A_LAYER = 3e12
-# Of padding per rank and direction: a network port carries it in some 80 us, and to read counts on
-# the host costs about that once launches are counted. An estimate, not measured between GPUs.
-_PADDING_BYTES = 4 << 20
+# Of padding per rank and direction. To read counts and to order rows by them costs the host some
+# 0.5 to 1 ms a layer: 4 layers with 6 to 17 MiB of padding took two H200 11 to 16 ms, without 14 to
+# 18 (docs/log.md). Half of that, because routers are less even than the one measured, and a network
+# port is slower than NVLink: it carries 8 MiB in some 0.2 ms.
+_PADDING_BYTES = 8 << 20
+# Experts compute the padding, which costs nothing while the host takes longer to start kernels than
+# they compute: up to 0.4e12 operations of a layer padding took less, from 0.9e12 on more.
+_FLOPS_OF_A_PADDED_LAYER = 5e11
 # A step of padded rows fits into a CUDA graph. Without one a decode step of 4 layers took two
 # H200 11 to 24 ms, most of it for starting kernels (docs/log.md): some milliseconds a layer.
 _PADDING_BYTES_OF_GRAPH = 32 << 20
@@ -202,14 +207,19 @@ def choose_dispatcher(
     if local:
         whose = "there is one rank" if plan.world_size == 1 else "every expert is on every rank"
         return "local", f"{whose}: no rows travel"
-    padding = _padding_bytes(plan, workload)
-    most = _PADDING_BYTES_OF_GRAPH if graph else _PADDING_BYTES
-    if workload.device_type == "cuda" and not once and padding <= most:
-        return "padded", (
-            f"decode size: {padding / 2**20:.1f} MiB of padding cost less than "
-            + ("starting kernels one by one" if graph else "waiting for counts")
-        )
+    if workload.device_type == "cuda" and not once and _is_short(plan, workload, graph):
+        padding = f"{_padding_bytes(plan, workload) / 2**20:.1f} MiB of padding cost less than"
+        dearer = "starting kernels one by one" if graph else "waiting for counts"
+        return "padded", f"short step: {padding} {dearer}"
     return "alltoall", "rows travel without padding"
+
+
+def _is_short(plan: Plan, workload: Workload, graph: bool) -> bool:
+    padding = _padding_bytes(plan, workload)
+    if graph:
+        return padding <= _PADDING_BYTES_OF_GRAPH
+    is_small = _flops_of_a_layer(plan, workload) <= _FLOPS_OF_A_PADDED_LAYER
+    return is_small and padding <= _PADDING_BYTES
 
 
 def choose_schedule(
@@ -231,7 +241,7 @@ def _number_of_micro_batches(
 ) -> tuple[int, str]:
     model = plan.model
     rows = workload.tokens * plan.world_size * model.top_k / model.num_experts
-    flops = step_flops(model, workload.sequences, workload.positions, 0) / model.num_layers
+    flops = _flops_of_a_layer(plan, workload)
     phase = "decode" if workload.positions == 1 else "prefill"
     for_memory = _for_memory(plan, workload)
     if workload.device_type != "cuda":
@@ -260,6 +270,11 @@ def _number_of_micro_batches(
     if for_memory > number:
         return for_memory, f"activations of {_IN_FLIGHT} at a time must fit into memory"
     return number, reason
+
+
+def _flops_of_a_layer(plan: Plan, workload: Workload) -> float:
+    model = plan.model
+    return step_flops(model, workload.sequences, workload.positions, 0) / model.num_layers
 
 
 def _padding_bytes(plan: Plan, workload: Workload) -> int:

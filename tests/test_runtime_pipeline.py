@@ -242,8 +242,10 @@ def test_dispatchers_by_size() -> None:
 
     assert chosen(workload(16, 1)) == (
         "padded",
-        "decode size: 1.5 MiB of padding cost less than waiting for counts",
+        "short step: 1.5 MiB of padding cost less than waiting for counts",
     )
+    assert chosen(workload(4, 64))[0] == "padded"
+    assert chosen(workload(4, 100))[0] == "alltoall"  # experts would compute the padding
     assert chosen(workload(16, 1), "direct")[0] == "alltoall"
     assert chosen(workload(16, 1, "cpu"))[0] == "alltoall"
     assert chosen(workload(16, 1000)) == ("alltoall", "rows travel without padding")
