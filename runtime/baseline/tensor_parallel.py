@@ -31,7 +31,9 @@ from epplan.runtime.weights import Weights
 # Slices of rows follow heads or the MLP's width; what is not named here is whole on every rank.
 _SPLIT_BY_QUERY_HEAD = ("query", "query.bias", "expand", "sinks")
 _SPLIT_BY_KV_HEAD = ("key", "key.bias", "value", "value.bias")
-_PADDED_TOKENS = 256  # measured with 128; above that padding costs time, which a graph has to save
+# Padding is what a graph costs: a decode step of 512 tokens took two H200 3.6 and 5.1 ms as a graph
+# and 7.8 and 7.0 without, one of 1024 6.7 and 9.5 against 7.6 and 9.2 (docs/log.md).
+_PADDED_TOKENS = 512
 _PADDED_BYTES = 1 << 28  # of all experts' rows: a guard
 
 
@@ -299,8 +301,7 @@ class TensorParallelStage:
 def never_waits(spec: ModelSpec, h_TH: Tensor) -> bool:
     """Return whether a step of these tokens runs without the host, as a CUDA graph asks for.
 
-    Then experts compute padding. That costs little while reading their weights takes longer than
-    as many rows as there are tokens, which on a GPU of 700 TFLOP/s and 4 TB/s is up to 170 rows.
+    Then experts compute padding: as many rows each as there are tokens.
     """
     num_bytes = spec.num_experts * h_TH.numel() * h_TH.itemsize
     return h_TH.is_cuda and len(h_TH) <= _PADDED_TOKENS and num_bytes <= _PADDED_BYTES
