@@ -40,8 +40,10 @@ _PADDING_BYTES = 8 << 20
 # they compute: up to 0.4e12 operations of a layer padding took less, from 0.9e12 on more.
 _FLOPS_OF_A_PADDED_LAYER = 5e11
 # A step of padded rows fits into a CUDA graph. Without one a decode step of 4 layers took two
-# H200 11 to 24 ms, most of it for starting kernels (docs/log.md): some milliseconds a layer.
-_PADDING_BYTES_OF_GRAPH = 32 << 20
+# H200 14 to 21 ms, most of it for starting kernels; as a graph with 48 MiB of padding 10.8, with
+# 0.8e12 operations of a layer 11.0, with 0.9e12 as long as without (docs/log.md).
+_PADDING_BYTES_OF_GRAPH = 48 << 20
+_FLOPS_OF_A_GRAPHED_LAYER = 1e12
 _ACTIVATION_SHARE = 0.5  # of the memory the plan leaves free
 _SKEW = 2.0  # rows of the busiest rank over the mean, for memory
 _NO_LONGER_DENSE = "gradients could not be compared with the dense model's"
@@ -215,11 +217,10 @@ def choose_dispatcher(
 
 
 def _is_short(plan: Plan, workload: Workload, graph: bool) -> bool:
-    padding = _padding_bytes(plan, workload)
+    padding, flops = _padding_bytes(plan, workload), _flops_of_a_layer(plan, workload)
     if graph:
-        return padding <= _PADDING_BYTES_OF_GRAPH
-    is_small = _flops_of_a_layer(plan, workload) <= _FLOPS_OF_A_PADDED_LAYER
-    return is_small and padding <= _PADDING_BYTES
+        return padding <= _PADDING_BYTES_OF_GRAPH and flops <= _FLOPS_OF_A_GRAPHED_LAYER
+    return padding <= _PADDING_BYTES and flops <= _FLOPS_OF_A_PADDED_LAYER
 
 
 def choose_schedule(

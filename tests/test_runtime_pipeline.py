@@ -250,6 +250,16 @@ def test_dispatchers_by_size() -> None:
     assert chosen(workload(16, 1, "cpu"))[0] == "alltoall"
     assert chosen(workload(16, 1000)) == ("alltoall", "rows travel without padding")
 
+    def of_a_graph(sequences: int) -> tuple[str, str]:
+        size = workload(sequences, 1)
+        return choose_dispatcher("auto", plan, size, "share", transfer=None, graph=True)
+
+    assert of_a_graph(512) == (
+        "padded",
+        "short step: 8.5 MiB of padding cost less than starting kernels one by one",
+    )
+    assert of_a_graph(1024)[0] == "alltoall"  # its experts take longer than the host
+
 
 @pytest.mark.parametrize(
     ("planned", "asked", "dispatcher", "transfer", "note"),
