@@ -67,7 +67,8 @@ def meet(environment: RankEnvironment, timeout_s: float) -> Store:
     It is there before the process group, so that ranks can talk before NCCL is asked for anything.
 
     Raises:
-        PeerError: rank 0 or the others are not reached in time.
+        PeerError: rank 0 or the others are not reached in time, or its port is taken: by somebody
+            else, or by a rank 0 that is about to end, so that a restart may find it free.
     """
     is_host, timeout = environment.rank == 0, timedelta(seconds=timeout_s)
     ranks = (environment.rank, environment.world_size)
@@ -76,7 +77,13 @@ def meet(environment: RankEnvironment, timeout_s: float) -> Store:
         # Half the time for the others, because torch tries twice to reach rank 0.
         patience = timeout if is_host else timeout / 2
         store, _, _ = next(rendezvous("env://", *ranks, timeout=patience))
-    except dist.DistError:
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise PeerError(
+                f"rank {environment.rank}: port {os.environ['MASTER_PORT']}, where ranks are to "
+                "meet, is in use on its host",
+                hints=["take another --master-port, or end the job that has it"],
+            ) from None
         who = "some rank did not reach it" if is_host else "it did not reach rank 0"
         raise PeerError(
             f"rank {environment.rank}: {who} within {timeout.total_seconds():g} s",

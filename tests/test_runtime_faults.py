@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epplan.errors import EpplanError, InputError, RankFailedError
+from epplan.errors import EpplanError, InputError, PeerError, RankFailedError
 from epplan.launcher.request import request_from_plan
 from epplan.runtime.environment import RankEnvironment, Setting
 from epplan.runtime.process_group import meet, process_group
@@ -253,6 +253,20 @@ def be_rank(rank: int, port: int, message: Path, fault: str) -> None:
         code = error.exit_code
     finally:
         os._exit(code)
+
+
+def test_a_port_that_somebody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = RankEnvironment(rank=0, local_rank=0, world_size=2, num_local_ranks=2, restarts=0)
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        port = somebody.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(PeerError) as caught:
+            meet(place, TIMEOUT_S)
+    assert caught.value.message == (
+        f"rank 0: port {port}, where ranks are to meet, is in use on its host"
+    )
+    assert caught.value.hints == ("take another --master-port, or end the job that has it",)
 
 
 @pytest.mark.slow
