@@ -33,7 +33,7 @@ from scipy.optimize import least_squares
 
 from epplan.planner.cost import one_copy
 from epplan.planner.model import AttentionSpec, ModelSpec, RouterSpec
-from epplan.planner.simulate.copies import Choices, islands, sent_copies
+from epplan.planner.simulate.copies import Choices, sent_copies
 from epplan.planner.simulate.transfers import (
     SmCopies,
     TransferProfile,
@@ -258,7 +258,7 @@ def _choices(row: Row, profile: TransferProfile) -> Choices:
     routes = _routes(_cluster(row))
     ranks, top_k = len(routes.gpus), int(row["topk"] or 1)
     experts = ranks * max(1, round(int(row["num_experts"] or 256) / ranks))
-    where = islands(routes)
+    where = routes.island
     nodes = int(where.max()) + 1
     router = RouterSpec()
     if profile.copies == "node" and nodes > 1:  # DeepEP's test picks min(nodes, 4) nodes

@@ -13,7 +13,6 @@ from epplan.planner.simulate.copies import (
     Copies,
     Floats,
     hit_probability,
-    islands,
     sent_copies,
 )
 from epplan.planner.simulate.transfers import (
@@ -39,7 +38,7 @@ def choices(
         model=model,
         counts=counts,
         shares=one_copy(placement.astype(np.intp), ranks),
-        island=islands(find_routes(load_cluster(source))),
+        island=find_routes(load_cluster(source)).island,
     )
 
 
@@ -109,7 +108,7 @@ def test_the_profile_plan_takes_exactly_the_seconds_the_planner_prices(layer: in
         model=problem.model,
         counts=counts[layer],
         shares=shares,
-        island=islands(problem.routes),
+        island=problem.routes.island,
     )
     assert library.dispatch(of).seconds == pytest.approx(priced.dispatch.seconds, rel=1e-12)
     assert library.combine(of).seconds == pytest.approx(priced.combine.seconds, rel=1e-12)
@@ -132,7 +131,7 @@ def test_more_bandwidth_is_never_slower(seed: int, name: str, times: float) -> N
             model=model,
             counts=random_counts(seed, 1, 4, 4)[0],
             shares=one_copy(np.arange(4), 4),
-            island=islands(routes),
+            island=routes.island,
         )
         library = make_library(transfer_profile(name), routes, 1024, "bfloat16", "bfloat16")
         seconds.append(library.dispatch(of).seconds + library.combine(of).seconds)
@@ -175,7 +174,7 @@ def test_a_transfer_has_a_floor_and_then_grows_with_its_bytes() -> None:
             model=model,
             counts=np.full((8, 8), tokens / 8),
             shares=np.eye(8),
-            island=islands(routes),
+            island=routes.island,
         )
         seconds.append(library.dispatch(of).seconds)
     assert seconds[0] == seconds[1] == pytest.approx(17.5e-6 + 8 * 0.14e-6)

@@ -23,8 +23,6 @@ import numpy.typing as npt
 from epplan.planner.forwarding import through_islands
 from epplan.planner.model import ModelSpec
 from epplan.planner.token_sets import TokenSets
-from epplan.topologies.host_paths import PATH_TYPES
-from epplan.topologies.routes import Routes
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
@@ -55,13 +53,6 @@ class Choices:
         """Tokens of every rank, [ranks]."""
         tokens: Floats = self.counts.sum(axis=1) / self.model.top_k
         return tokens
-
-
-def islands(routes: Routes) -> Ints:
-    """Return the island of every rank, numbered from 0 in rank order, [ranks]."""
-    joined = routes.path_type != PATH_TYPES.index("NET")
-    _, number = np.unique(joined.argmax(axis=1), return_inverse=True)
-    return number.astype(np.intp)
 
 
 def sent_copies(choices: Choices, copies: Copies) -> Floats:

@@ -17,7 +17,7 @@ from epplan.topologies.transfer_cost import TransferCost
 
 from . import compute
 from .compute import Part
-from .copies import Choices, islands
+from .copies import Choices
 from .device import Device
 from .ledger import Ledger, Program
 from .scene import Floats, Ints, Scene, Usage
@@ -105,7 +105,7 @@ class _MoeLayers:
 
     def __init__(self, scene: Scene, usage: Usage, window: int, tokens: float) -> None:
         self._scene, self._usage, self._window, self._tokens = scene, usage, window, tokens
-        self._island = islands(scene.routes)
+        self._island = scene.routes.island
         self._library = make_library(
             usage.transfer.for_plan(scene.planned),
             scene.routes,

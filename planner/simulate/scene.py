@@ -55,6 +55,12 @@ class Scene:
     )
 
     @property
+    def island_size(self) -> int:
+        """Ranks that the first one reaches without the network, itself included."""
+        island = self.routes.island
+        return int((island == island[0]).sum())
+
+    @property
     def num_ranks(self) -> int:
         """Number of GPUs."""
         return len(self.gpus)

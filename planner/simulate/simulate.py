@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from epplan.errors import InputError
-from epplan.topologies.host_paths import PATH_TYPES
 
 from .events import Timeline, in_one_stream, run
 from .expert_parallel import expert_parallel
@@ -18,7 +17,6 @@ from .transfers import TransferProfile
 
 AUTOMATIC = (1, 2, 4, 8)  # micro-batches tried
 _MOST_OF_A_KIND = 32  # links in the report
-_NET = PATH_TYPES.index("NET")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +143,7 @@ def check(scene: Scene, usage: Usage, layout: Layout) -> None:
 
 
 def _library_problems(scene: Scene, library: TransferProfile) -> Iterator[str]:
-    island = int((scene.routes.path_type[0] != _NET).sum())
+    island = scene.island_size
     if library.max_island and island > library.max_island:
         yield f"{library.name} reaches {library.max_island} ranks by NVLink, not {island}"
     if not library.crosses_network and island < scene.num_ranks:

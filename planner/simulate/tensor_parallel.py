@@ -16,7 +16,6 @@ from epplan.topologies.transfer_cost import TransferCost, transfer_cost
 
 from . import compute
 from .compute import Part
-from .copies import islands
 from .device import Device
 from .ledger import Ledger, Program
 from .scene import Floats, Layout, Scene, Usage
@@ -176,7 +175,7 @@ class _Stages:
     def _all_reduce_profile(self) -> TransferProfile:
         gpus = [device.gpu for device in self._scene.devices]
         able = all((gpu.sm or 0) >= 90 and gpu.fabric == "switch" for gpu in gpus)
-        one_island = self._layout.tp <= int((islands(self._scene.routes) == 0).sum())
+        one_island = self._layout.tp <= self._scene.island_size
         in_switch = able and one_island and not self._usage.naive
         return transfer_profile("nvls" if in_switch else "ring")
 
