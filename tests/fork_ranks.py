@@ -9,14 +9,11 @@ ever.
 import multiprocessing
 import os
 import pickle
-import random
 import signal
-import socket
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,21 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from epplan.launcher.targets.local import PORTS
-
 _TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody has.
-
-    Not one that the system gives out: an outgoing connection might get it before it is used.
-    """
-    for port in random.sample(PORTS, len(PORTS)):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError(f"no free port in {PORTS}")
 
 
 class RankError(Exception):

@@ -18,8 +18,9 @@ import pytest
 
 import epplan
 from epplan.launcher.identity import Identity, compares_gpus, identity_report
+from epplan.launcher.targets.local import free_port
 from epplan.planner.plan import Plan, write_plan
-from tests.fork_ranks import fork_ranks, free_port
+from tests.fork_ranks import fork_ranks
 from tests.launch_modules.plans import make_plan, uneven_plan
 from tests.launch_modules.running import ROOT
 

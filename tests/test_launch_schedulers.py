@@ -21,8 +21,8 @@ import pytest
 
 from epplan.launcher.job import Job, Rendering
 from epplan.launcher.submit import write_job
+from epplan.launcher.targets.local import free_port
 from epplan.launcher.targets.registry import render
-from tests.fork_ranks import free_port
 from tests.launch_modules import dies_once, slurm
 from tests.launch_modules.jobs import make_job, why_no_hosts, write_ssh
 from tests.launch_modules.plans import make_plan

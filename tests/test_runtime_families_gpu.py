@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from epplan.launcher.targets.local import free_port
 from epplan.planner.model import load_model
 from epplan.planner.plan import write_plan
 from epplan.runtime import worker
 from tests.checkpoints import CASES, make_model, make_tokens, write_checkpoint
-from tests.fork_ranks import free_port
 from tests.runtime_cases import make_plan
 from tests.test_runtime_checkpoint_run import PROMPT, continuation
 from tests.test_runtime_families import LENGTH, SEQUENCES, logits_of_rank, reference_logits

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from epplan.errors import EpplanError, InputError, PeerError, RankFailedError
 from epplan.launcher.request import request_from_plan
+from epplan.launcher.targets.local import free_port
 from epplan.runtime.environment import RankEnvironment, Setting
 from epplan.runtime.process_group import meet, process_group
 from epplan.runtime.watchdog import Sign, blame
@@ -184,9 +185,7 @@ Ended = tuple[int | None, str]  # exit code (None: still there after the time), 
 
 def run_ranks(folder: Path, fault: str, bad: int, within_s: float) -> list[Ended]:
     """Fork ranks that exchange until rank `bad` has its fault; those left are killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(RANKS):
         pid = os.fork()

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from epplan.launcher.targets.local import free_port
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan
 from epplan.runtime.baseline import tensor_parallel
@@ -28,7 +29,7 @@ from epplan.runtime.measure import run_rank
 from epplan.runtime.options import Options
 from epplan.runtime.schedule import choose
 from epplan.runtime.weights import SeededWeights, seeded_hidden
-from tests.fork_ranks import fork_ranks, free_port
+from tests.fork_ranks import fork_ranks
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 
 GPUS = torch.cuda.device_count()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from epplan.errors import EpplanError, PeerError
+from epplan.launcher.targets.local import free_port
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import Plan, write_plan
 from epplan.runtime.balancing.monitor import measure_load
@@ -250,9 +250,7 @@ def test_upkeep_on_a_gpu(tmp_path: Path, options: list[str]) -> None:
     plan, windows, result = (tmp_path / name for name in ("plan", "windows", "result"))
     write_plan(plan, make_plan(QWEN, 1, slots_per_rank=16, num_hosts=1))
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [
             *(sys.executable, "-m", "epplan.runtime.worker", str(plan), "--backend=nccl"),

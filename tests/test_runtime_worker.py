@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from epplan.launcher.targets.local import free_port
 from epplan.planner.model import ModelSpec
 from epplan.planner.plan import write_plan
 from epplan.planner.traffic import make_traffic
 from epplan.runtime import worker
 from epplan.runtime.worker import main
-from tests.fork_ranks import fork_ranks, free_port
+from tests.fork_ranks import fork_ranks
 from tests.runtime_cases import DEEPSEEK, MIXTRAL, QWEN, REFERENCE, make_plan
 
 RANKS = 4

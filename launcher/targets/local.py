@@ -143,7 +143,7 @@ def _send_job(
         module=request.module,
         arguments=request.worker_arguments(),
         environments=rank_environments(
-            [request.num_ranks], master_address=LOOPBACK, master_port=_free_port()
+            [request.num_ranks], master_address=LOOPBACK, master_port=free_port()
         ),
         outputs=output.write_ends,
         grace_s=grace_s,
@@ -153,8 +153,8 @@ def _send_job(
         stdin.write(json.dumps(asdict(job)).encode() + b"\n")
 
 
-def _free_port() -> int:
-    """Return a port nobody listens on."""
+def free_port() -> int:
+    """Return a port of this machine that nobody has."""
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((LOOPBACK, port))
