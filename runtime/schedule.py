@@ -30,7 +30,7 @@ _ROWS_OF_AN_EXPERT = 512
 # Of one layer and part: the host takes 4.5 to 5.7 ms for each (two H200, a virtual machine), and
 # where the device takes less one part ends sooner. Two parts of 0.5e12 took 42.7 ms, both in one
 # 22.9; two of 2.1e12 took 62.0 and 41.6, two of 4.2e12 took 76.7 and 79.6 (docs/log.md).
-_FLOPS_OF_A_LAYER = 3e12
+_FLOPS_OF_A_PART = 3e12
 # Of padding per rank and direction. To read counts and to order rows by them costs the host some
 # 0.5 to 1 ms a layer: 4 layers with 6 to 17 MiB of padding took two H200 11 to 16 ms, without 14 to
 # 18 (docs/log.md). Half of that, because routers are less even than the one measured, and a network
@@ -257,7 +257,7 @@ def _number_of_micro_batches(
             f"{phase} step, {rows:.0f} rows an expert: "
             "parts would take longer than transfers, each reads the expert's weights"
         )
-    elif flops < _IN_FLIGHT * _FLOPS_OF_A_LAYER:
+    elif flops < _IN_FLIGHT * _FLOPS_OF_A_PART:
         number = 1
         reason = (
             f"{phase} step, {flops / 1e12:.1f}e12 operations a layer: "

@@ -4,10 +4,10 @@ Shapes: T tokens, K experts per token, V rows received at a node's entry, W rank
 S = W x P slots, I nodes, G ranks of this node, H hidden size.
 
 A node is an island of the plan: ranks that reach each other without the network, those of a host or
-of an NVLink domain over hosts. A row enters a node at one of its ranks
-(`epplan.planner.forwarding` has the rule, and prices it), which sends it on. Back
-the same way: ranks add up their experts' outputs of a row, its entry adds up its node's, and one
-row goes home. Inside its own node a rank is its own entry.
+of an NVLink domain over hosts. A row enters a node at one of its ranks (`epplan.planner.forwarding`
+has the rule, and prices it), which sends it on. Back the same way: ranks add up their experts'
+outputs of a row, its entry adds up its node's, and one row goes home. Inside its own node a rank is
+its own entry.
 
     source --dispatch--> entry --forward--> rank of the expert
     source <--combine--- entry <--gather--- rank of the expert
